@@ -1,0 +1,1 @@
+"""Context-parallel attention methods; see ``strategy.py`` for what they share."""

@@ -1,0 +1,1 @@
+"""Attention kernels behind one contract; see ``contract.py``."""

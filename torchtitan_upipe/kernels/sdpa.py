@@ -1,0 +1,123 @@
+"""PyTorch's own fused attention operators, called directly because they return the log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class CpuFlashKernel:
+    """``aten::_scaled_dot_product_flash_attention_for_cpu``: FlashAttention-2 for CPUs; float64 too."""
+
+    name = "sdpa"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_bhsd(q, k, v), 0.0, causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_bhsd(dout, q, k, v, out), lse, 0.0, causal, scale=scale
+        )
+        return _bhsd(*grads)  # type: ignore[return-value]
+
+
+class CudaFlashKernel:
+    """``aten::_scaled_dot_product_flash_attention``: FlashAttention-2 as built into PyTorch for CUDA.
+
+    PyTorch can replace what stands behind this operator (``torch.nn.attention.activate_flash_attention_impl``);
+    ``flash3`` uses that. Without dropout the operator's random state is never read, so backward passes empty ones.
+    """
+
+    def __init__(self, name: str = "sdpa") -> None:
+        self.name = name
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(*_bhsd(q, k, v), 0.0, causal, False, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed, offset = torch.empty((2, 0), dtype=torch.uint64, device=q.device)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            *_bhsd(dout, q, k, v, out),
+            lse,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            seed,
+            offset,
+            scale=scale,
+        )
+        return _bhsd(*grads)  # type: ignore[return-value]
+
+
+class CudnnKernel:
+    """``aten::_scaled_dot_product_cudnn_attention``: cuDNN's fused attention (Hopper and later)."""
+
+    name = "cudnn"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            *_bhsd(q, k, v), None, True, 0.0, causal, False, scale=scale
+        )
+        return out.transpose(1, 2), lse.flatten(2)  # [B, h, S, 1] -> [B, h, S]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            *_bhsd(dout, q, k, v, out),
+            lse.unsqueeze(-1),
+            seed,
+            offset,
+            None,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return _bhsd(*grads)  # type: ignore[return-value]
+
+
+def _bhsd(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.transpose(1, 2) for t in tensors)  # [B, S, h, d] <-> [B, h, S, d], views

@@ -1,0 +1,70 @@
+"""From the job file's ``attention_kernel`` to a kernel object."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.reference import ReferenceKernel
+from torchtitan_upipe.kernels.sdpa import CpuFlashKernel, CudaFlashKernel, CudnnKernel
+
+KERNEL_NAMES = ("auto", "sdpa", "cudnn", "flash2", "flash3", "reference")
+CUDA_ONLY = {"cudnn": "", "flash2": "flash_attn", "flash3": "flash_attn_interface"}  # name -> module it needs
+
+
+def check_kernel(name: str, device_type: str, dtype: torch.dtype) -> None:
+    """Refuse a kernel that cannot run here.
+
+    Args:
+        name: one of ``KERNEL_NAMES``.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        dtype: what attention will compute in.
+
+    Raises:
+        ValueError: the name is unknown, the kernel needs CUDA, a package or a precision that is not there.
+    """
+    if name not in KERNEL_NAMES:
+        raise ValueError(f"attention_kernel = {name!r} is unknown; choose one of {', '.join(KERNEL_NAMES)}.")
+    if name in CUDA_ONLY and device_type != "cuda":
+        raise ValueError(
+            f"attention_kernel = {name!r} runs on CUDA only and this job runs on {device_type}; "
+            'use "auto", "sdpa" or "reference".'
+        )
+    module = CUDA_ONLY.get(name)
+    if module and importlib.util.find_spec(module) is None:
+        remedy = "pip install torchtitan_upipe[flash2]" if name == "flash2" else "install FlashAttention-3"
+        raise ValueError(f"attention_kernel = {name!r} needs the module {module}, which is missing: {remedy}.")
+    if device_type == "cuda" and name != "reference" and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention_kernel = {name!r} computes in bfloat16 on CUDA and this job asks for {dtype}; "
+            'set training.mixed_precision_param = "bfloat16", or attention_kernel = "reference" for a small test.'
+        )
+
+
+def resolve_kernel(name: str, device_type: str) -> str:
+    """The kernel that ``"auto"`` stands for on this machine; any other name stands for itself."""
+    if name != "auto":
+        return name
+    if device_type == "cuda" and importlib.util.find_spec("flash_attn_interface") is not None:
+        return "flash3" if torch.cuda.get_device_capability()[0] == 9 else "sdpa"
+    return "sdpa"
+
+
+def build_kernel(name: str, device_type: str) -> AttentionKernel:
+    """Build the kernel ``name`` (already checked by :func:`check_kernel`) for ``device_type``."""
+    match resolve_kernel(name, device_type):
+        case "reference":
+            return ReferenceKernel()
+        case "cudnn":
+            return CudnnKernel()
+        case "flash2":
+            from torchtitan_upipe.kernels.flash_attn import FlashAttn2Kernel
+
+            return FlashAttn2Kernel()
+        case "flash3":
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            return CudaFlashKernel("flash3")
+        case _:
+            return CudaFlashKernel() if device_type == "cuda" else CpuFlashKernel()

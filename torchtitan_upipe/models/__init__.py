@@ -1,0 +1,1 @@
+"""TorchTitan's models with their attention handed to a context-parallel method."""

@@ -1,0 +1,111 @@
+"""A model's attention, handed to a context-parallel method with its weights, norm and RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod
+from torchtitan_upipe.models.rope import Rope
+
+RopeFromTable = Callable[[Tensor, Tensor], Rope]
+
+
+@dataclass(frozen=True)
+class NormThenRope:
+    """What Llama (RoPE) and Qwen3 (RMSNorm over ``d``, then RoPE) do to query and key heads."""
+
+    rope: Rope
+    norm_eps: float
+
+    def __call__(self, heads: Tensor, norm_weight: Tensor | None) -> Tensor:
+        """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
+        return self.rope(heads if norm_weight is None else self._norm(heads, norm_weight))
+
+    def vjp(self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
+        grad = self.rope.inverse(grad)
+        if norm_weight is None:
+            return grad, None
+        if heads is None:
+            raise ValueError("the gradient of a norm needs the heads that were normalised")
+        with torch.enable_grad():
+            inputs = heads.detach().requires_grad_(), norm_weight.detach().requires_grad_()
+            out = self._norm(*inputs)
+        d_heads, d_weight = torch.autograd.grad(out, inputs, grad)
+        return d_heads, d_weight
+
+    def _norm(self, heads: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(heads, weight.shape, weight, self.norm_eps)
+
+
+class ContextParallelAttention(nn.Module):
+    """Stands in the place of TorchTitan's ``Attention``: same children, same names, same initial weights.
+
+    Checkpoints and Hugging Face adapters therefore see no difference, and FSDP2 wraps the block as before.
+
+    Args:
+        attention: TorchTitan's Llama3 or Qwen3 attention; its children are taken over.
+        method: the context-parallel method.
+        rope_from_table: from the model's position table and this rank's positions to a :class:`Rope`.
+    """
+
+    def __init__(
+        self, attention: nn.Module, method: ContextParallelMethod, rope_from_table: RopeFromTable
+    ) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = attention.wq, attention.wk, attention.wv, attention.wo
+        self.q_norm: nn.RMSNorm | None = getattr(attention, "q_norm", None)
+        self.k_norm: nn.RMSNorm | None = getattr(attention, "k_norm", None)
+        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        self.method = method
+        self._rope_from_table = rope_from_table
+        self._titan_class = type(attention)
+
+    def init_weights(self, init_std: float) -> None:
+        """TorchTitan's own initialisation of this layer."""
+        self._titan_class.init_weights(self, init_std)  # type: ignore[operator]
+
+    def forward(
+        self, x: Tensor, rope_table: Tensor, attention_masks: object | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention of this rank's tokens, with TorchTitan's signature.
+
+        Args:
+            x: ``[B, N, D]``.
+            rope_table: the model's position table.
+            attention_masks: must be None.
+            positions: ``[B, N]`` global positions of the tokens; None means ``0 .. N-1``.
+
+        Returns:
+            ``y [B, N, D]``.
+
+        Raises:
+            ValueError: a mask was given.
+        """
+        if attention_masks is not None:
+            raise ValueError("attention masks are not supported here; choose a model flavor with causal SDPA attention.")
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        weights = AttentionWeights(
+            wq=self.wq.weight,
+            wk=self.wk.weight,
+            wv=self.wv.weight,
+            wo=self.wo.weight,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+        )
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):  # one device or plain data parallel in mixed precision
+            dtype = torch.get_autocast_dtype(device_type)
+            x, weights = x.to(dtype), weights.to(dtype)
+        transform = NormThenRope(
+            self._rope_from_table(rope_table, positions.long()),
+            norm_eps=0.0 if self.q_norm is None else float(self.q_norm.eps or 0.0),
+        )
+        with torch.autocast(device_type, enabled=False):
+            return self.method(x, weights, transform, self.head_dim)
