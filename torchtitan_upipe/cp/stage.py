@@ -118,24 +118,21 @@ class StageLayer:
         pieces = self.exchange.to_sequence(heads, placement.counts)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def release_kv(self, stage: Stage, blocks: Sequence[KVBlock]) -> Iterator[tuple[str, Tensor]]:
-        """Send the gradients of leaving blocks back, ``dk`` before ``dv``: ``("wk" | "wv", [B, N, n, d])``.
+    def release(self, stage: Stage, grads: Sequence[Tensor | None]) -> Tensor:
+        """Send ``dk`` (or ``dv``) of this rank's leaving blocks back to the tokens' owners.
 
-        The gradients are those of the projections: copies for several ranks summed, RoPE and norm undone.
+        Args:
+            grads: ``[B, S, g, d]`` of each block that leaves this rank.
+
+        Returns:
+            ``[B, N, n, d]`` for the ``n`` distinct heads of ``stage.release``, the copies of several ranks summed.
         """
-        dtype = self.x.dtype
-        for name in ("wk", "wv"):
-            grads = [block.dk if name == "wk" else block.dv for block in blocks]
-            heads = [grad.to(dtype) for grad in grads if grad is not None]
-            sent = heads[0] if len(heads) == 1 else self._cat_heads(heads)
-            total = sum_copies(self.exchange.to_sequence(sent, stage.release.counts), stage.release)
-            yield name, total
-
-    def _cat_heads(self, heads: list[Tensor]) -> Tensor:
-        if heads:
-            return torch.cat(heads, dim=2)
-        batch, tokens, _ = self.x.shape
-        return self.x.new_empty(batch, tokens * self.exchange.size, 0, self.head_dim)
+        heads = [grad.to(self.x.dtype) for grad in grads if grad is not None]
+        if not heads:  # other ranks release now, this one does not
+            batch, tokens, _ = self.x.shape
+            heads = [self.x.new_empty(batch, tokens * self.exchange.size, 0, self.head_dim)]
+        sent = heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
+        return sum_copies(self.exchange.to_sequence(sent, stage.release.counts), stage.release)
 
     @property
     def _options(self) -> dict[str, float | bool]:

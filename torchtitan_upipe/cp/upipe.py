@@ -162,17 +162,19 @@ class _UPipeLayer(torch.autograd.Function):
             total.add_norm("q_norm", d_norm)
             del dq
 
-            # key and value projections, at the end of a KV set
+            # key and value projections, at the end of a KV set, one at a time
             if any(stage.release.counts):
                 leaving = [kv.pop(block) for block in stage.leave[exchange.rank]]
-                for name, grad in layer.release_kv(stage, leaving):
-                    if name == "wk":
-                        projected = None if layer.weights.k_norm is None else layer.project(layer.weights.wk, stage.release)
-                        grad, d_norm = layer.transform.vjp(grad, projected, layer.weights.k_norm)
-                        total.add_norm("k_norm", d_norm)
-                    total.add_projection(name, stage.release.distinct, grad)
-                    del grad, projected
-                del leaving
+                released = stage.release.distinct
+                dk = layer.release(stage, [block.dk for block in leaving])  # [B, N, n, d]
+                projected = None if layer.weights.k_norm is None else layer.project(layer.weights.wk, stage.release)
+                dk, d_norm = layer.transform.vjp(dk, projected, layer.weights.k_norm)
+                total.add_projection("wk", released, dk)
+                total.add_norm("k_norm", d_norm)
+                del dk, projected
+                dv = layer.release(stage, [block.dv for block in leaving])
+                total.add_projection("wv", released, dv)
+                del dv, leaving
 
         weight_grads = [total.result(name) for name in vars(layer.weights)]
         return None, None, None, None, total.dx.to(x.dtype), *weight_grads

@@ -1,0 +1,110 @@
+"""The unsharded attention layer in plain autograd: what every method is judged by (DESIGN section 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.models.attention import NormThenRope
+from torchtitan_upipe.models.rope import Rope
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An attention layer: ``H`` query heads, ``G`` KV heads, width ``d`` per head, model width ``D``."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int = 16
+    dim: int = 48
+    norm: bool = False
+    interleaved: bool = True
+    batch: int = 1
+    length: int = 64
+
+
+@dataclass
+class Case:
+    """Inputs of one layer in float64; every rank and the reference draw the same ones."""
+
+    shape: Shape
+    seed: int = 0
+    x: Tensor = field(init=False)
+    dy: Tensor = field(init=False)
+    weights: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        gen = torch.Generator().manual_seed(self.seed)
+
+        def draw(*size: int, std: float = 1.0) -> Tensor:
+            return torch.randn(*size, generator=gen, dtype=torch.float64) * std
+
+        self.x, self.dy = draw(s.batch, s.length, s.dim), draw(s.batch, s.length, s.dim)
+        self.weights = {
+            "wq": draw(s.heads * s.head_dim, s.dim, std=s.dim**-0.5),
+            "wk": draw(s.kv_heads * s.head_dim, s.dim, std=s.dim**-0.5),
+            "wv": draw(s.kv_heads * s.head_dim, s.dim, std=s.dim**-0.5),
+            "wo": draw(s.dim, s.heads * s.head_dim, std=(s.heads * s.head_dim) ** -0.5),
+        }
+        if s.norm:
+            self.weights |= {"q_norm": 1 + draw(s.head_dim, std=0.1), "k_norm": 1 + draw(s.head_dim, std=0.1)}
+
+    def rounded(self, dtype: torch.dtype) -> Case:
+        """The same case with inputs rounded to ``dtype`` (and back to float64): what a low-precision run is given."""
+        case = Case(self.shape, self.seed)
+        case.x, case.dy = case.x.to(dtype).double(), case.dy.to(dtype).double()
+        case.weights = {name: w.to(dtype).double() for name, w in case.weights.items()}
+        return case
+
+    def transform(self, positions: Tensor, dtype: torch.dtype) -> NormThenRope:
+        """Norm and RoPE of the given positions ``[N]``."""
+        frequencies = 10000.0 ** -(torch.arange(0, self.shape.head_dim, 2).double() / self.shape.head_dim)
+        angles = (positions.double()[:, None] * frequencies)[None, :, None]  # [1, N, 1, d/2]
+        wide = torch.promote_types(dtype, torch.float32)
+        return NormThenRope(Rope(angles.cos().to(wide), angles.sin().to(wide), self.shape.interleaved), EPS)
+
+
+def run_layer(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients of the plain unsharded layer in ``dtype``."""
+    s = case.shape
+    x = case.x.to(dtype).requires_grad_()
+    w = {name: t.to(dtype).requires_grad_() for name, t in case.weights.items()}
+    transform = case.transform(torch.arange(s.length), dtype)
+    q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
+    k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
+    v = F.linear(x, w["wv"]).unflatten(-1, (-1, s.head_dim))
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
+    y = F.linear(o.transpose(1, 2).flatten(2), w["wo"])
+    y.backward(case.dy.to(dtype))
+    grads = {name: t.grad for name, t in w.items() if t.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def run_method(case: Case, method: object, rank: int, degree: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients of one rank's share under a context-parallel method."""
+    s = case.shape
+    tokens = s.length // degree
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    x = case.x[:, mine].to(dtype).requires_grad_()
+    w = {name: t.to(dtype).requires_grad_() for name, t in case.weights.items()}
+    transform = case.transform(torch.arange(s.length)[mine], dtype)
+    y = method(x, AttentionWeights(**w), transform, s.head_dim)  # type: ignore[operator]
+    y.backward(case.dy[:, mine].to(dtype))
+    grads = {name: t.grad for name, t in w.items() if t.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """``||value - truth|| / ||truth||`` in float64."""
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
