@@ -1,0 +1,58 @@
+"""Validation loss under context parallelism.
+
+TorchTitan 0.2.2 counts valid tokens after sharding and shards a second time through its own context-parallel context;
+here tokens are counted first and sharded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.validate import BaseValidator, Validator
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.utils import device_type
+
+
+class ContextParallelValidator(Validator):
+    """TorchTitan's validator with its own loop; data, sharding and logging are inherited."""
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Log the mean loss per token over the batch ranks, averaged over ``validation.steps`` batches."""
+        (model,) = model_parts
+        model.eval()
+        losses = [
+            self._batch_loss(model, input_dict, labels)
+            for _, (input_dict, labels) in zip(self._steps(), self.validation_dataloader)
+        ]
+        loss = torch.stack(losses).mean()
+        if self.parallel_dims.dp_cp_enabled:
+            mean = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
+        else:
+            mean = loss.item()
+        self.metrics_processor.log_validation(loss=mean, step=step)
+        model.train()
+
+    def _steps(self) -> Any:
+        steps = self.job_config.validation.steps
+        return range(steps) if steps != -1 else iter(int, 1)
+
+    def _batch_loss(self, model: nn.Module, input_dict: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """This rank's share of the batch's mean loss per token: a scalar whose sum over ranks is the mean."""
+        self.metrics_processor.ntokens_since_last_log += labels.numel()
+        labels = labels.to(device_type)
+        tokens: float | Tensor = (labels != IGNORE_INDEX).sum()
+        if self.parallel_dims.dp_enabled:
+            tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
+        inputs = {name: t.to(device_type) for name, t in input_dict.items()}
+        local, local_labels, extra, kwargs = self.post_dataloading_process(inputs, labels, [model])
+        with self.validation_context(), self.maybe_enable_amp:
+            return self.loss_fn(model(local, **extra, **kwargs), local_labels) / tokens
+
+
+def build_validator(**kwargs: Any) -> BaseValidator:
+    """The ``build_validator_fn`` of the plugin's train specs; takes what TorchTitan's takes."""
+    return ContextParallelValidator(**kwargs)

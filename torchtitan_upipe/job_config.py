@@ -1,0 +1,48 @@
+"""The plugin's part of a TorchTitan job file; name it in ``[job] custom_config_module``.
+
+No ``from __future__ import annotations`` here: TorchTitan merges nested sections by their types, not by strings.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torchtitan.config.job_config as titan
+
+
+@dataclass
+class ContextParallel:
+    """Section ``[context_parallel]``: how attention is spread over ``[parallelism] context_parallel_degree`` ranks."""
+
+    method: Literal["upipe", "ulysses"] = "upipe"
+    """"upipe" walks through the heads in chunks; "ulysses" handles all heads at once."""
+
+    head_chunk: int = 0
+    """UPipe: query heads of the whole group per stage (U), a multiple of the degree. 0 = all heads in one stage."""
+
+    attention_kernel: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "reference"] = "auto"
+    """
+    "sdpa" is PyTorch's own flash operator (CPU and CUDA); "cudnn", "flash2" (flash-attn) and "flash3" run on CUDA;
+    "reference" is eager float32. "auto" is "flash3" where it is installed on Hopper, else "sdpa".
+    """
+
+    stash: Literal["none", "device"] = "device"
+    """
+    UPipe: what a stage keeps for the backward pass. "device" keeps attention output and log-sum-exp; "none" keeps
+    nothing and computes attention again in backward.
+    """
+
+
+@dataclass
+class Parallelism(titan.Parallelism):
+    """TorchTitan's section with one other default."""
+
+    context_parallel_load_balancer: str | None = None
+    """None: contiguous sequence shards, as Ulysses and UPipe need them (TorchTitan's default is "headtail")."""
+
+
+@dataclass
+class JobConfig:
+    """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
+
+    context_parallel: ContextParallel = field(default_factory=ContextParallel)
+    parallelism: Parallelism = field(default_factory=Parallelism)

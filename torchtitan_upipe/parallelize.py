@@ -1,0 +1,133 @@
+"""Attach the context-parallel method to a model, then hand over to TorchTitan's own parallelize function."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import ParallelizeFunction
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from torchtitan_upipe.cp.build import build_method
+from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.device import prepare_for_gloo
+from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
+from torchtitan_upipe.validate import validate_job
+
+
+class AttachedDims:
+    """TorchTitan's parallel dimensions once context parallelism is attached.
+
+    TorchTitan's parallelize functions would attach their own and ask for twice the divisor of the sequence; everything
+    else, FSDP over the context-parallel ranks included, goes on as before.
+    """
+
+    cp_enabled = False
+
+    def __init__(self, dims: ParallelDims) -> None:
+        self._dims = dims
+        self.seq_len_divisor = dims.cp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dims, name)
+
+
+class Parallelize:
+    """The ``parallelize_fn`` of a train spec.
+
+    Args:
+        titan_parallelize: TorchTitan's function for the same model.
+        rope_from_table: how the model's position table is read.
+    """
+
+    def __init__(self, titan_parallelize: ParallelizeFunction, rope_from_table: RopeFromTable) -> None:
+        self.titan_parallelize = titan_parallelize
+        self.rope_from_table = rope_from_table
+
+    def __call__(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+        """Parallelize ``model`` (on the meta device) in place.
+
+        Raises:
+            ValueError: see :func:`~torchtitan_upipe.validate.validate_job`; the stock ``torchtitan.train`` has not
+                asked before.
+        """
+        model_args: Any = model.model_args
+        validate_job(job_config, model_args, parallel_dims.world_size, device_type)
+        self._attach(model, parallel_dims, job_config)
+        if job_config.activation_checkpoint.mode == "full":
+            job_config = _checkpoint_blocks(model, job_config)
+        model = self.titan_parallelize(model, AttachedDims(parallel_dims), job_config)
+        prepare_for_gloo(model)
+        return model
+
+    def _attach(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
+        cp = job_config.context_parallel
+        mesh = parallel_dims.get_optional_mesh("cp")
+        kernel = build_kernel(cp.attention_kernel, device_type)
+        blocks: Any = model.layers
+        for block in blocks.values():
+            method = build_method(
+                cp.method,
+                num_heads=block.attention.n_heads,
+                num_kv_heads=block.attention.n_kv_heads,
+                head_chunk=cp.head_chunk,
+                stash=cp.stash,
+                group=None if mesh is None else mesh.get_group(),
+                kernel=kernel,
+            )
+            block.attention = ContextParallelAttention(block.attention, method, self.rope_from_table)
+        logger.info(
+            f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "
+            f"attention kernel {kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
+        )
+
+
+def _describe(upipe: UPipe) -> str:
+    schedule = upipe.schedule
+    return (
+        f"head chunk {schedule.head_chunk} of {schedule.num_heads} ({len(schedule.stages)} stages), "
+        f"stash on {'device' if upipe.keep_stash else 'none'}"
+    )
+
+
+def _checkpoint_blocks(model: nn.Module, job_config: JobConfig) -> JobConfig:
+    """Full activation checkpointing with one stash for both runs of a block; TorchTitan's takes no ``context_fn``.
+
+    Returns:
+        The job for TorchTitan's parallelize function, which must not checkpoint again.
+    """
+    options = job_config.activation_checkpoint
+    blocks: Any = model.layers
+    for name, block in list(blocks.items()):
+        method = block.attention.method
+        extra = {"context_fn": _StashForBothRuns(method)} if isinstance(method, UPipe) and method.keep_stash else {}
+        blocks[name] = checkpoint_wrapper(
+            block,
+            preserve_rng_state=options.preserve_rng_state,
+            determinism_check=options.determinism_check,
+            early_stop=options.early_stop,
+            debug=options.debug,
+            **extra,
+        )
+    logger.info("Applied full activation checkpointing to the model")
+    job_config = copy.deepcopy(job_config)
+    job_config.activation_checkpoint.mode = "none"
+    return job_config
+
+
+class _StashForBothRuns:
+    """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block."""
+
+    def __init__(self, upipe: UPipe) -> None:
+        self.upipe = upipe
+
+    def __call__(self) -> tuple[Any, Any]:
+        stash = Stash()
+        return self.upipe.using(stash), self.upipe.using(stash)

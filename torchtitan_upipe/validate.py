@@ -1,0 +1,143 @@
+"""Checks across fields, made before anything is allocated. Every refusal is one sentence with numbers and a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.protocols import BaseModelArgs
+
+from torchtitan_upipe.cp.head_schedule import check_head_chunk
+from torchtitan_upipe.data.text import check_dataset
+from torchtitan_upipe.kernels.select import check_kernel
+
+
+def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, device_type: str) -> None:
+    """Refuse a job that cannot run as written.
+
+    Args:
+        config: the whole job, with the plugin's sections.
+        model_args: TorchTitan's arguments of the chosen flavor.
+        world_size: number of ranks.
+        device_type: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    _check_parallelism(config, world_size)
+    _check_sequence(config)
+    _check_heads(config, model_args)
+    _check_unsupported(config, model_args)
+    _check_files(config)
+    check_kernel(
+        config.context_parallel.attention_kernel,
+        device_type,
+        TORCH_DTYPE_MAP[_attention_dtype(config, device_type)],
+    )
+
+
+def _attention_dtype(config: JobConfig, device_type: str) -> str:
+    training = config.training
+    return "bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param
+
+
+def _check_parallelism(config: JobConfig, world_size: int) -> None:
+    p = config.parallelism
+    degrees = {
+        "context_parallel_degree": p.context_parallel_degree,
+        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
+    }
+    for name, degree in degrees.items():
+        if degree < 1:
+            raise ValueError(f"{name} = {degree} must be at least 1.")
+    used = p.context_parallel_degree * p.data_parallel_replicate_degree
+    if p.context_parallel_degree > world_size:
+        raise ValueError(
+            f"context_parallel_degree = {p.context_parallel_degree} is larger than the world of {world_size} ranks; "
+            f"start {p.context_parallel_degree} ranks (--nproc_per_node) or set the degree to {world_size}."
+        )
+    shard = p.data_parallel_shard_degree
+    if shard == -1 and world_size % used == 0:
+        return
+    if shard == -1 or shard < 1 or used * shard != world_size:
+        raise ValueError(
+            f"context_parallel_degree = {p.context_parallel_degree} x data_parallel_replicate_degree = "
+            f"{p.data_parallel_replicate_degree} x data_parallel_shard_degree = {shard} do not make the world of "
+            f"{world_size} ranks; set data_parallel_shard_degree = -1 to use what is left, "
+            "or change the number of ranks."
+        )
+
+
+def _check_sequence(config: JobConfig) -> None:
+    degree = config.parallelism.context_parallel_degree
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for name, length in lengths.items():
+        if length < degree or length % degree:
+            near = max(length // degree, 1) * degree
+            raise ValueError(
+                f"{name} = {length} must be a multiple of context_parallel_degree = {degree}; "
+                f"nearest: {near} or {near + degree}."
+            )
+    balancer = config.parallelism.context_parallel_load_balancer
+    if degree > 1 and balancer is not None:
+        raise ValueError(
+            f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = "
+            f"{config.context_parallel.method!r} needs contiguous shards; remove the field."
+        )
+
+
+def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
+    args: Any = model_args
+    cp = config.context_parallel
+    num_heads, num_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
+    degree = config.parallelism.context_parallel_degree
+    if cp.method == "ulysses" and cp.head_chunk not in (0, num_heads):
+        raise ValueError(
+            f'head_chunk = {cp.head_chunk} has no meaning for method = "ulysses", which handles all {num_heads} heads '
+            'at once; remove it or set method = "upipe".'
+        )
+    check_head_chunk(num_heads, num_kv_heads, degree, cp.head_chunk or num_heads)
+
+
+def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
+    p = config.parallelism
+    refusals = {
+        "tensor parallelism": (p.tensor_parallel_degree > 1, "set parallelism.tensor_parallel_degree = 1"),
+        "pipeline parallelism": (p.pipeline_parallel_degree > 1, "set parallelism.pipeline_parallel_degree = 1"),
+        "expert parallelism": (p.expert_parallel_degree > 1, "set parallelism.expert_parallel_degree = 1"),
+        "a mixture of experts": (getattr(model_args, "moe_enabled", False), "choose a dense flavor"),
+        "torch.compile": (config.compile.enable, "set compile.enable = false"),
+        "activation_checkpoint.mode = 'memory_budget'": (
+            config.activation_checkpoint.mode == "memory_budget",
+            'it needs torch.compile; use "full", "selective" or "none"',
+        ),
+        "model converters": (bool(config.model.converters), "remove model.converters"),
+        "fault tolerance": (config.fault_tolerance.enable, "set fault_tolerance.enable = false"),
+    }
+    for feature, (asked, remedy) in refusals.items():
+        if asked:
+            raise ValueError(f"{feature} does not work with {config.model.name} yet; {remedy}.")
+    attention = getattr(model_args, "attn_type", "sdpa")
+    if attention != "sdpa":
+        raise ValueError(
+            f"model.flavor = {config.model.flavor!r} uses {attention} attention, which context-parallel methods replace; "
+            f"choose the flavor without the suffix."
+        )
+
+
+def _check_files(config: JobConfig) -> None:
+    assets = Path(config.model.hf_assets_path)
+    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise ValueError(
+            f"model.hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, vocab.json or vocab.txt); "
+            'use "./torchtitan_upipe/assets/tokenizer" for a first run, or a downloaded model folder.'
+        )
+    check_dataset("training", config.training.dataset, config.training.dataset_path)
+    if config.validation.enable:
+        check_dataset("validation", config.validation.dataset, config.validation.dataset_path)
+    load_path = config.checkpoint.initial_load_path
+    if config.checkpoint.enable and load_path and not Path(load_path).is_dir():
+        raise ValueError(f"checkpoint.initial_load_path = {load_path!r} is not a folder.")
