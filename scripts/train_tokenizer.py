@@ -1,6 +1,6 @@
 """Train the small byte-level BPE tokenizer that the project ships, on the standard library's source text.
 
-    python scripts/train_tokenizer.py torchtitan_upipe/assets/tokenizer
+python scripts/train_tokenizer.py torchtitan_upipe/assets/tokenizer
 """
 
 import json

@@ -6,6 +6,7 @@ first failing rank fails the test with its own traceback; ranks that do not fini
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -74,7 +78,7 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
                 raise RankError(f"rank {rank} died without a word") from None
             if error is not None:
                 raise RankError(f"rank {rank} failed:\n{error}")
-    return [results[rank] for rank in range(len(pipes))]
+    return [torch.load(io.BytesIO(results[rank]), weights_only=False) for rank in range(len(pipes))]
 
 
 def _rank_main(
@@ -86,9 +90,6 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     try:
         torch.set_num_threads(1)
         torch.manual_seed(0)
@@ -106,15 +107,15 @@ def _rank_main(
         result = function(*args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        sender.send((None, result))
+        buffer = io.BytesIO()
+        torch.save(result, buffer)  # by value: a rank may be gone before its shared memory is opened
+        sender.send((None, buffer.getvalue()))
     except BaseException:  # a rank reports whatever ended it, SystemExit too
         sender.send((traceback.format_exc(), None))
 
 
 def _torchrun_environment(rank: int, world_size: int, store: Path) -> None:
     """What torchrun sets; the callee's ``env://`` rendezvous then finds a port through a shared file."""
-    import torch.distributed as dist
-
     rendezvous = dist.FileStore(str(store), world_size)
     if rank == 0:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -71,11 +71,15 @@ class Case:
         return NormThenRope(Rope(angles.cos().to(wide), angles.sin().to(wide), self.shape.interleaved), EPS)
 
 
+def _leaf(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype, copy=True).requires_grad_()
+
+
 def run_layer(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients of the plain unsharded layer in ``dtype``."""
     s = case.shape
-    x = case.x.to(dtype).requires_grad_()
-    w = {name: t.to(dtype).requires_grad_() for name, t in case.weights.items()}
+    x = _leaf(case.x, dtype)
+    w = {name: _leaf(t, dtype) for name, t in case.weights.items()}
     transform = case.transform(torch.arange(s.length), dtype)
     q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
     k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
@@ -95,8 +99,8 @@ def run_method(case: Case, method: object, rank: int, degree: int, dtype: torch.
     s = case.shape
     tokens = s.length // degree
     mine = slice(rank * tokens, (rank + 1) * tokens)
-    x = case.x[:, mine].to(dtype).requires_grad_()
-    w = {name: t.to(dtype).requires_grad_() for name, t in case.weights.items()}
+    x = _leaf(case.x[:, mine], dtype)
+    w = {name: _leaf(t, dtype) for name, t in case.weights.items()}
     transform = case.transform(torch.arange(s.length)[mine], dtype)
     y = method(x, AttentionWeights(**w), transform, s.head_dim)  # type: ignore[operator]
     y.backward(case.dy[:, mine].to(dtype))

@@ -6,6 +6,7 @@ here tokens are counted first and sharded once.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ class ContextParallelValidator(Validator):
         """Log the mean loss per token over the batch ranks, averaged over ``validation.steps`` batches."""
         (model,) = model_parts
         model.eval()
+        steps = self.job_config.validation.steps
         losses = [
             self._batch_loss(model, input_dict, labels)
-            for _, (input_dict, labels) in zip(self._steps(), self.validation_dataloader)
+            for input_dict, labels in islice(self.validation_dataloader, steps if steps != -1 else None)
         ]
         loss = torch.stack(losses).mean()
         if self.parallel_dims.dp_cp_enabled:
@@ -35,10 +37,6 @@ class ContextParallelValidator(Validator):
             mean = loss.item()
         self.metrics_processor.log_validation(loss=mean, step=step)
         model.train()
-
-    def _steps(self) -> Any:
-        steps = self.job_config.validation.steps
-        return range(steps) if steps != -1 else iter(int, 1)
 
     def _batch_loss(self, model: nn.Module, input_dict: dict[str, Tensor], labels: Tensor) -> Tensor:
         """This rank's share of the batch's mean loss per token: a scalar whose sum over ranks is the mean."""

@@ -107,7 +107,9 @@ def _checkpoint_blocks(model: nn.Module, job_config: JobConfig) -> JobConfig:
     blocks: Any = model.layers
     for name, block in list(blocks.items()):
         method = block.attention.method
-        extra = {"context_fn": _StashForBothRuns(method)} if isinstance(method, UPipe) and method.keep_stash else {}
+        extra: dict[str, Any] = (
+            {"context_fn": _StashForBothRuns(method)} if isinstance(method, UPipe) and method.keep_stash else {}
+        )
         blocks[name] = checkpoint_wrapper(
             block,
             preserve_rng_state=options.preserve_rng_state,

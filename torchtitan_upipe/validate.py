@@ -123,8 +123,8 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
     attention = getattr(model_args, "attn_type", "sdpa")
     if attention != "sdpa":
         raise ValueError(
-            f"model.flavor = {config.model.flavor!r} uses {attention} attention, which context-parallel methods replace; "
-            f"choose the flavor without the suffix."
+            f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
+            "choose the flavor without the suffix."
         )
 
 

@@ -77,8 +77,7 @@ class HeadExchange:
         sizes = [batch * tokens * count * width for count in counts]
         received = self._all_to_all(send.view(-1), [send[0].numel()] * self.size, sizes)
         return [
-            piece.view(batch, tokens, count, width)
-            for piece, count in zip(received.split(sizes), counts, strict=True)
+            piece.view(batch, tokens, count, width) for piece, count in zip(received.split(sizes), counts, strict=True)
         ]
 
     def _all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
@@ -113,9 +112,9 @@ class _ToSequence(torch.autograd.Function):
 
 def differentiable_to_heads(exchange: HeadExchange, pieces: Sequence[Tensor]) -> Tensor:
     """:meth:`HeadExchange.to_heads` as an autograd operation; its gradient is the inverse exchange."""
-    return _ToHeads.apply(exchange, *pieces)  # type: ignore[no-any-return]
+    return _ToHeads.apply(exchange, *pieces)
 
 
 def differentiable_to_sequence(exchange: HeadExchange, heads: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
     """:meth:`HeadExchange.to_sequence` as an autograd operation; its gradient is the inverse exchange."""
-    return _ToSequence.apply(exchange, counts, heads)  # type: ignore[no-any-return]
+    return _ToSequence.apply(exchange, counts, heads)

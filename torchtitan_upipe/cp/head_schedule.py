@@ -79,7 +79,9 @@ def check_head_chunk(num_heads: int, num_kv_heads: int, degree: int, head_chunk:
         ValueError: ``H % G != 0``, ``H % C != 0``, or ``U`` is not a multiple of ``C`` within ``[C, H]``.
     """
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly; check the model flavor.")
+        raise ValueError(
+            f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly; check the model flavor."
+        )
     if num_heads % degree:
         divisors = [c for c in range(1, num_heads + 1) if num_heads % c == 0]
         near = sorted(sorted(divisors, key=lambda c: abs(c - degree))[:2])

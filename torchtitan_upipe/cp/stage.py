@@ -86,7 +86,9 @@ class StageLayer:
     def attend(self, stage: Stage, q: Tensor, kv: dict[int, KVBlock]) -> tuple[Tensor, Tensor]:
         """Causal attention of this rank's heads: ``o [B, S, u, d]``, ``lse [B, u, S]``."""
         parts = [
-            self.kernel.forward(q[:, :, queries], block.k[:, :, keys], block.v[:, :, keys], **self._options)
+            self.kernel.forward(
+                q[:, :, queries], block.k[:, :, keys], block.v[:, :, keys], scale=self.scale, causal=True
+            )
             for queries, keys, block in self._calls(stage, kv)
         ]
         if len(parts) == 1:
@@ -107,7 +109,8 @@ class StageLayer:
                 block.v[:, :, keys],
                 o[:, :, queries],
                 lse[:, queries],
-                **self._options,
+                scale=self.scale,
+                causal=True,
             )
             block.add_gradients(keys, dk, dv)
             parts.append(dq)
@@ -135,8 +138,9 @@ class StageLayer:
         return sum_copies(self.exchange.to_sequence(sent, stage.release.counts), stage.release)
 
     @property
-    def _options(self) -> dict[str, float | bool]:
-        return {"scale": self.head_dim**-0.5, "causal": True}
+    def scale(self) -> float:
+        """Factor on the attention scores."""
+        return self.head_dim**-0.5
 
     def _calls(self, stage: Stage, kv: dict[int, KVBlock]) -> Iterator[tuple[slice, slice, KVBlock]]:
         calls: tuple[KernelCall, ...] = stage.calls[self.exchange.rank]

@@ -19,7 +19,10 @@ class HeadTransform(Protocol):
         """``[B, N, h, d]`` to the same shape and dtype; differentiable. ``norm_weight [d]`` or None for no norm."""
 
     def vjp(self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of ``heads`` and ``norm_weight`` from ``grad [B, N, h, d]``. ``heads`` is read only by a norm."""
+        """Gradients of ``heads`` and ``norm_weight`` from ``grad [B, N, h, d]``.
+
+        ``heads`` is read only by a norm. The gradient of ``norm_weight`` is float32 (float64 for float64 weights).
+        """
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class UPipe:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
         keep = self.keep_stash and torch.is_grad_enabled()
         stash = (self._block_stash or Stash()) if keep else None
-        return _UPipeLayer.apply(self, stash, transform, head_dim, x, *vars(weights).values())  # type: ignore[no-any-return]
+        return _UPipeLayer.apply(self, stash, transform, head_dim, x, *vars(weights).values())
 
     @contextmanager
     def using(self, stash: Stash) -> Iterator[None]:

@@ -73,4 +73,4 @@ def differentiable_attention(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
 ) -> Tensor:
     """``kernel.forward`` as an ordinary autograd operation; returns ``out [B, Sq, h, d]``."""
-    return _Attention.apply(kernel, scale, causal, q, k, v)  # type: ignore[no-any-return]
+    return _Attention.apply(kernel, scale, causal, q, k, v)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod
+from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod, accumulate_dtype
 from torchtitan_upipe.models.rope import Rope
 
 RopeFromTable = Callable[[Tensor, Tensor], Rope]
@@ -33,11 +34,12 @@ class NormThenRope:
             return grad, None
         if heads is None:
             raise ValueError("the gradient of a norm needs the heads that were normalised")
+        wide = accumulate_dtype(norm_weight.dtype)  # the caller sums d_weight over stages
         with torch.enable_grad():
-            inputs = heads.detach().requires_grad_(), norm_weight.detach().requires_grad_()
+            inputs = heads.detach().to(wide).requires_grad_(), norm_weight.detach().to(wide).requires_grad_()
             out = self._norm(*inputs)
-        d_heads, d_weight = torch.autograd.grad(out, inputs, grad)
-        return d_heads, d_weight
+        d_heads, d_weight = torch.autograd.grad(out, inputs, grad.to(wide))
+        return d_heads.to(grad.dtype), d_weight
 
     def _norm(self, heads: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(heads, weight.shape, weight, self.norm_eps)
@@ -54,21 +56,22 @@ class ContextParallelAttention(nn.Module):
         rope_from_table: from the model's position table and this rank's positions to a :class:`Rope`.
     """
 
-    def __init__(
-        self, attention: nn.Module, method: ContextParallelMethod, rope_from_table: RopeFromTable
-    ) -> None:
+    def __init__(self, attention: nn.Module, method: ContextParallelMethod, rope_from_table: RopeFromTable) -> None:
         super().__init__()
-        self.wq, self.wk, self.wv, self.wo = attention.wq, attention.wk, attention.wv, attention.wo
+        self.wq: nn.Linear = attention.wq  # type: ignore[assignment]
+        self.wk: nn.Linear = attention.wk  # type: ignore[assignment]
+        self.wv: nn.Linear = attention.wv  # type: ignore[assignment]
+        self.wo: nn.Linear = attention.wo  # type: ignore[assignment]
         self.q_norm: nn.RMSNorm | None = getattr(attention, "q_norm", None)
         self.k_norm: nn.RMSNorm | None = getattr(attention, "k_norm", None)
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
         self.method = method
         self._rope_from_table = rope_from_table
-        self._titan_class = type(attention)
+        self._titan_class: Any = type(attention)
 
     def init_weights(self, init_std: float) -> None:
         """TorchTitan's own initialisation of this layer."""
-        self._titan_class.init_weights(self, init_std)  # type: ignore[operator]
+        self._titan_class.init_weights(self, init_std)
 
     def forward(
         self, x: Tensor, rope_table: Tensor, attention_masks: object | None, positions: Tensor | None = None
@@ -88,7 +91,9 @@ class ContextParallelAttention(nn.Module):
             ValueError: a mask was given.
         """
         if attention_masks is not None:
-            raise ValueError("attention masks are not supported here; choose a model flavor with causal SDPA attention.")
+            raise ValueError(
+                "attention masks are not supported here; choose a model flavor with causal SDPA attention."
+            )
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         weights = AttentionWeights(

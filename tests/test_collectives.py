@@ -1,0 +1,91 @@
+"""Values say where they come from: token t of batch b, head h, component c is ``1000 t + 100 b + 10 h + c``."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.ranks import RankError, run_ranks
+from torchtitan_upipe.cp.collectives import HeadExchange, differentiable_to_heads, differentiable_to_sequence
+
+BATCH, TOKENS, WIDTH = 2, 3, 2
+
+
+def coded(tokens: range, heads: list[int]) -> Tensor:
+    t, b, h, c = torch.tensor(list(tokens)), torch.arange(BATCH), torch.tensor(heads), torch.arange(WIDTH)
+    code = 1000 * t[None, :, None, None] + 100 * b[:, None, None, None] + 10 * h[:, None] + c
+    return code.double()  # [B, tokens, heads, WIDTH]
+
+
+def exchange_rank(layout: list[list[int]]) -> tuple[int, int]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    exchange = HeadExchange(dist.group.WORLD)
+    mine, everything = range(rank * TOKENS, (rank + 1) * TOKENS), range(size * TOKENS)
+    counts = [len(heads) for heads in layout]
+
+    received = exchange.to_heads([coded(mine, heads) for heads in layout])
+    torch.testing.assert_close(received, coded(everything, layout[rank]), rtol=0, atol=0)
+    back = exchange.to_sequence(received, counts)
+    for piece, heads in zip(back, layout, strict=True):
+        torch.testing.assert_close(piece, coded(mine, heads), rtol=0, atol=0)
+
+    # gradients: the loss sum(w * received) with coded w must give w back in the other layout
+    pieces = [torch.zeros_like(piece).requires_grad_() for piece in back]
+    (differentiable_to_heads(exchange, pieces) * coded(everything, layout[rank])).sum().backward()
+    for piece, heads in zip(pieces, layout, strict=True):
+        torch.testing.assert_close(piece.grad, coded(mine, heads), rtol=0, atol=0)
+    heads_shard = torch.zeros_like(received).requires_grad_()
+    out = differentiable_to_sequence(exchange, heads_shard, counts)
+    sum((o * coded(mine, heads)).sum() for o, heads in zip(out, layout, strict=True)).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(heads_shard.grad, coded(everything, layout[rank]), rtol=0, atol=0)
+    return exchange.traffic.calls, exchange.traffic.bytes
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [[0, 1], [2, 3]],
+        [[0], [0], [1], [1]],  # copies: fewer heads than ranks
+        [[0, 1, 2], [], [3]],  # uneven, and a rank with nothing
+    ],
+)
+def test_exchange_is_a_transpose_and_its_own_gradient(layout: list[list[int]]) -> None:
+    results = run_ranks(exchange_rank, len(layout), layout)
+    total = sum(len(heads) for heads in layout)
+    cell = BATCH * TOKENS * WIDTH * 8
+    for rank, (calls, traffic) in enumerate(results):
+        sent_to_heads = (total - len(layout[rank])) * cell
+        sent_to_sequence = (len(layout) - 1) * len(layout[rank]) * cell
+        assert calls == 6
+        assert traffic == 3 * sent_to_heads + 3 * sent_to_sequence
+
+
+def test_one_rank_exchanges_nothing() -> None:
+    exchange = HeadExchange(None)
+    heads = coded(range(TOKENS), [0, 1])
+    assert exchange.to_heads([heads]) is heads
+    assert exchange.to_sequence(heads, [2])[0] is heads
+    assert exchange.traffic.calls == exchange.traffic.bytes == 0
+
+
+def failing_rank() -> None:
+    if dist.get_rank() == 1:
+        raise KeyError("the planted failure")
+    dist.barrier()
+
+
+def hanging_rank() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(600)
+
+
+def test_the_harness_reports_the_failing_rank() -> None:
+    with pytest.raises(RankError, match="the planted failure"):
+        run_ranks(failing_rank, 2)
+
+
+def test_the_harness_ends_a_hang() -> None:
+    with pytest.raises(RankError, match=r"ranks \[1\] did not finish within 5 s"):
+        run_ranks(hanging_rank, 2, timeout=5)

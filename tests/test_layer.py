@@ -1,0 +1,233 @@
+"""The attention layer of every method against the unsharded one: output and every gradient (DESIGN section 9)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.ranks import run_ranks
+from tests.reference import Case, Shape, relative_error, run_layer, run_method
+from torchtitan_upipe.cp.build import build_method
+from torchtitan_upipe.cp.collectives import Traffic
+from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage
+from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.memory.stash import Stash
+
+Variant = tuple[str, int, str]  # method, head chunk, stash
+
+SHAPES = {
+    "mha": Shape(8, 8, batch=2),
+    "gqa": Shape(16, 4),
+    "mqa": Shape(8, 1, interleaved=False),
+    "kv2": Shape(8, 2, batch=2),  # KV < C at C = 4
+    "wide": Shape(8, 4, head_dim=16, dim=96, norm=True, interleaved=False),  # H*d = 128, D = 96: Qwen3-like
+    "norm": Shape(12, 4, norm=True, batch=2),
+    "ragged": Shape(12, 6),  # ranks of 3 heads cut across KV heads of 2
+}
+
+
+def variants(shape: Shape, degree: int) -> list[Variant]:
+    chunks = range(degree, shape.heads + 1, degree)
+    return [("ulysses", 0, "none"), *(("upipe", u, stash) for u in chunks for stash in ("none", "device"))]
+
+
+def build(shape: Shape, variant: Variant) -> Any:
+    method, head_chunk, stash = variant
+    return build_method(
+        method,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_chunk=head_chunk,
+        stash=stash,
+        group=dist.group.WORLD if dist.get_world_size() > 1 else None,
+        kernel=build_kernel("sdpa", "cpu"),
+    )
+
+
+def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant]) -> list[dict[str, Tensor]]:
+    case = Case(shape).rounded(dtype)
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    return [run_method(case, build(shape, variant), rank, degree, dtype) for variant in which]
+
+
+def gather(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Outputs and ``dx`` side by side; weight gradients summed, as FSDP would."""
+    return {
+        name: torch.cat([r[name] for r in ranks], dim=1)
+        if name in ("y", "x")
+        else torch.stack([r[name].double() for r in ranks]).sum(0)
+        for name in ranks[0]
+    }
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int) -> None:
+    shape = SHAPES[name]
+    truth = run_layer(Case(shape).rounded(torch.float32), torch.float64)
+    which = variants(shape, degree)
+    ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
+    for i, variant in enumerate(which):
+        got = gather([r[i] for r in ranks])
+        assert got.keys() == truth.keys()
+        errors = {key: relative_error(got[key], truth[key]) for key in truth}
+        assert max(errors.values()) < 1e-5, (variant, errors)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gqa", "kv2", "wide"])
+def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int) -> None:
+    shape = replace(SHAPES[name], dim=128, head_dim=32, length=128)
+    case = Case(shape).rounded(torch.bfloat16)
+    truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
+    which = variants(shape, degree)
+    ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which)
+    for i, variant in enumerate(which):
+        got = gather([r[i] for r in ranks])
+        ratios = {key: relative_error(got[key], truth[key]) / relative_error(plain[key], truth[key]) for key in truth}
+        assert max(ratios.values()) < 1.2, (variant, ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gqa", "kv2", "ragged"])
+def test_one_stage_is_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none"), ("upipe", shape.heads, "device")])
+    for ulysses, upipe in ranks:
+        assert torch.equal(ulysses["y"], upipe["y"])
+
+
+# --- a wrong schedule must be noticed -------------------------------------------------------------------------------
+
+
+def swap_two_query_heads(schedule: HeadSchedule) -> HeadSchedule:
+    """Rank 0 computes query head 6 in stage 0 and head 1 in the last stage: each meets the other's KV head."""
+
+    def put(index: int, heads: tuple[int, ...]) -> Stage:
+        stage = schedule.stages[index]
+        return replace(stage, queries=HeadPlacement((heads, *stage.queries.heads[1:])))
+
+    return replace(schedule, stages=(put(0, (0, 6)), *schedule.stages[1:-1], put(-1, (1, 7))))
+
+
+def use_the_other_kv_head(schedule: HeadSchedule) -> HeadSchedule:
+    """Rank 0's first call of stage 0 reads KV head 1 instead of 0."""
+    stage = schedule.stages[0]
+    (call, *more), *others = stage.calls
+    wrong = KernelCall(call.queries, call.block, (1, 2))
+    return replace(schedule, stages=(replace(stage, calls=((wrong, *more), *others)), *schedule.stages[1:]))
+
+
+def mutated_rank(shape: Shape, head_chunk: int, mutate: Any) -> dict[str, Tensor]:
+    upipe = build(shape, ("upipe", head_chunk, "device"))
+    assert isinstance(upipe, UPipe)
+    upipe.schedule = mutate(upipe.schedule)
+    return run_method(Case(shape), upipe, dist.get_rank(), dist.get_world_size(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "mutate, head_chunk", [(swap_two_query_heads, 4), (use_the_other_kv_head, 16)], ids=["query", "key"]
+)
+def test_a_mutated_schedule_is_wrong(mutate: Any, head_chunk: int) -> None:
+    shape = SHAPES["gqa"]
+    truth = run_layer(Case(shape), torch.float64)
+    got = gather(run_ranks(mutated_rank, 2, shape, head_chunk, mutate))
+    assert relative_error(got["y"], truth["y"]) > 1e-2
+
+
+# --- what is sent, and what is computed twice -----------------------------------------------------------------------
+
+
+class CountingKernel:
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.kernel, self.forwards, self.backwards = build_kernel("sdpa", "cpu"), 0, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.forwards += 1
+        return self.kernel.forward(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        self.backwards += 1
+        return self.kernel.backward(*args, **kwargs)
+
+
+def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str, tuple[int, int, int, int]]:
+    """``{"forward" | "backward": (all-to-alls, bytes, attention forwards, attention backwards)}`` of one layer."""
+    case, rank, degree = Case(shape), dist.get_rank(), dist.get_world_size()
+    method = build(shape, variant)
+    method.kernel = kernel = CountingKernel()
+    tokens = shape.length // degree
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    x = case.x[:, mine].float().requires_grad_()
+    weights = AttentionWeights(**{k: w.float().requires_grad_() for k, w in case.weights.items()})
+    transform = case.transform(torch.arange(shape.length)[mine], torch.float32)
+
+    def both_runs() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        stash = Stash()
+        return method.using(stash), method.using(stash)
+
+    counts = {}
+
+    @contextlib.contextmanager
+    def counted(phase: str) -> Iterator[None]:
+        method.exchange.traffic, kernel.forwards, kernel.backwards = Traffic(), 0, 0
+        yield
+        traffic = method.exchange.traffic
+        counts[phase] = (traffic.calls, traffic.bytes, kernel.forwards, kernel.backwards)
+
+    with counted("forward"):
+        if checkpointed:
+            options = {"context_fn": both_runs} if isinstance(method, UPipe) and method.keep_stash else {}
+            y = checkpoint(method, x, weights, transform, shape.head_dim, use_reentrant=False, **options)
+        else:
+            y = method(x, weights, transform, shape.head_dim)
+    with counted("backward"):
+        y.backward(case.dy[:, mine].float())
+    return counts
+
+
+# 16 query heads on 4 ranks; 4 KV heads (one a rank), or 2 (each sent to two ranks)
+TRAFFIC_SHAPES = {"gqa": SHAPES["gqa"], "copies": Shape(16, 2)}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["ac-none", "ac-full"])
+@pytest.mark.parametrize("name", TRAFFIC_SHAPES)
+def test_all_to_alls_and_attention_calls_of_one_layer(name: str, checkpointed: bool) -> None:
+    shape, degree = TRAFFIC_SHAPES[name], 4
+    counts = {
+        variant: run_ranks(traffic_rank, degree, shape, variant, checkpointed)[0]
+        for variant in [("ulysses", 0, "none"), ("upipe", 4, "device"), ("upipe", 4, "none")]
+    }
+    ulysses, stashed, bare = counts.values()
+
+    # q, k, v, o of this rank; a piece for every other rank: [B, N, heads of one rank, d] floats
+    head = shape.length // degree * shape.head_dim * 4 * (degree - 1)
+    once = head * (4 + 1 + 1 + 4)  # q and o: 4 heads a rank; k and v: 1 head a rank
+    stages = 4
+    forward_calls = 2 * stages + 2  # q and o of every stage, k and v once
+    assert ulysses["forward"] == (4, once, 1, 0)
+    assert stashed["forward"] == bare["forward"] == (forward_calls, once, stages, 0)
+
+    # backward: Ulysses sends the gradients; under AC it first sends everything again
+    assert ulysses["backward"] == ((8, 2 * once, 1, 1) if checkpointed else (4, once, 0, 1))
+    # UPipe projects and exchanges again and sends gradients; with a stash, AC costs no exchange and no attention more
+    assert stashed["backward"] == (2 * forward_calls, 2 * once, 0, stages)
+    extra = (forward_calls, once, stages) if checkpointed else (0, 0, 0)
+    assert bare["backward"] == (2 * forward_calls + extra[0], 2 * once + extra[1], stages + extra[2], stages)
+
+    # over the training step, under full AC: the bytes of Ulysses, and no attention computed twice
+    if checkpointed:
+        assert stashed["forward"][1] + stashed["backward"][1] == ulysses["forward"][1] + ulysses["backward"][1]
+        assert stashed["forward"][2] + stashed["backward"][2] == stages
