@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import DDP
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torchtitan.config import JobConfig
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import ParallelizeFunction
 from torchtitan.tools.logging import logger
@@ -63,7 +69,9 @@ class Parallelize:
         self._attach(model, parallel_dims, job_config)
         if job_config.activation_checkpoint.mode == "full":
             job_config = _checkpoint_blocks(model, job_config)
-        model = self.titan_parallelize(model, AttachedDims(parallel_dims), job_config)
+        with _tied_weights_sharded(model, parallel_dims, job_config):
+            model = self.titan_parallelize(model, AttachedDims(parallel_dims), job_config)
+        _sum_replicated_gradients(model)
         prepare_for_gloo(model)
         return model
 
@@ -122,6 +130,53 @@ def _checkpoint_blocks(model: nn.Module, job_config: JobConfig) -> JobConfig:
     job_config = copy.deepcopy(job_config)
     job_config.activation_checkpoint.mode = "none"
     return job_config
+
+
+@contextmanager
+def _tied_weights_sharded(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> Iterator[None]:
+    """Shard a weight that embedding and output share, in one FSDP group, and hide both from TorchTitan meanwhile.
+
+    TorchTitan 0.2.2 shards them in two groups, which FSDP2 refuses for a shared parameter.
+    """
+    model_args: Any = model.model_args
+    if not (getattr(model_args, "enable_weight_tying", False) and parallel_dims.fsdp_enabled):
+        yield
+        return
+    training = job_config.training
+    names = ("tok_embeddings", "norm", "output")
+    modules: list[Any] = [getattr(model, name) for name in names]
+    fully_shard(
+        modules,
+        mesh=parallel_dims.get_mesh(["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        ),
+        offload_policy=CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
+    )
+    for name, module in zip(names, modules, strict=True):
+        module.set_gradient_divide_factor(1.0)  # as TorchTitan does: the loss is already normalised
+        setattr(model, name, None)
+    try:
+        yield
+    finally:
+        for name, module in zip(names, modules, strict=True):
+            setattr(model, name, module)
+
+
+def _sum_replicated_gradients(model: nn.Module) -> None:
+    """Let plain data parallel (DDP) sum gradients over all ranks, of which each is a replica.
+
+    TorchTitan 0.2.2 divides the loss by the global number of tokens and leaves DDP its division by the number of
+    replicas, which makes gradients that many times too small.
+    """
+    if isinstance(model, DDP):
+        model.register_comm_hook(None, lambda _, bucket: _all_reduce_sum(bucket))
+
+
+def _all_reduce_sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 class _StashForBothRuns:

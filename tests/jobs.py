@@ -1,0 +1,84 @@
+"""Run real training jobs on forked gloo ranks and read back what they logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+
+# A tiny job in float32; every test adds what it is about.
+BASE = {
+    "job.config_file": ROOT / "train_configs/llama3_debug.toml",
+    "model.hf_assets_path": ROOT / "torchtitan_upipe/assets/tokenizer",
+    "model.flavor": "debug_kv2",
+    "training.mixed_precision_param": "float32",
+    "training.seq_len": 256,
+    "training.steps": 10,
+    "optimizer.lr": 1e-3,
+    "context_parallel.head_chunk": 0,
+    "activation_checkpoint.mode": "none",
+}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the trainer logged, by step."""
+
+    loss: list[float]
+    grad_norm: list[float]
+    validation: list[float]
+
+
+def train(folder: Path, world_size: int, *flags: str, timeout: float = 240, **options: object) -> Log:
+    """Run a job; ``section__field=value`` overrides ``BASE``, ``flags`` are passed as they stand.
+
+    Context parallelism takes all ranks unless ``parallelism__context_parallel_degree`` says otherwise.
+    """
+    named = {name.replace("__", "."): value for name, value in options.items()}
+    settings = {
+        **BASE,
+        "parallelism.context_parallel_degree": world_size,
+        "parallelism.data_parallel_shard_degree": -1,
+        "job.dump_folder": folder,
+        **named,
+    }
+    args = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    codes = run_ranks(run_main, world_size, [*args, *flags], init=False, timeout=timeout)
+    assert codes == [0] * world_size
+    return read_log(folder)
+
+
+def run_main(args: list[str]) -> int:
+    from torchtitan_upipe.train import main
+
+    return main(args)
+
+
+def read_log(folder: Path) -> Log:
+    """The scalars of the newest TensorBoard run below ``folder``, in step order."""
+    values: dict[str, dict[int, float]] = {}
+    for run in sorted(folder.glob("tb/*/events*"), key=lambda p: p.stat().st_mtime_ns):
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            values.setdefault(tag, {}).update((e.step, e.value) for e in events.Scalars(tag))
+
+    def series(tag: str) -> list[float]:
+        return [value for _, value in sorted(values.get(tag, {}).items())]
+
+    return Log(series("loss_metrics/global_avg_loss"), series("grad_norm"), series("validation_metrics/loss"))
+
+
+def seed_checkpoint(folder: Path, **options: object) -> Path:
+    """Write initial weights that do not depend on any sharding; return the checkpoint's folder."""
+    train(folder, 1, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", **options)
+    return folder / "checkpoint" / "step-0"
+
+
+def from_seed(seed: Path) -> list[str]:
+    """Flags to start from ``seed`` and save nothing."""
+    return ["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_path", str(seed)]

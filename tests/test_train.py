@@ -1,0 +1,237 @@
+"""Whole models through the real trainer: the logged numbers of every method and degree are those of one rank."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.jobs import ROOT, Log, from_seed, seed_checkpoint, train
+
+LLAMA = {"model__name": "llama3_upipe", "model__flavor": "debug_kv2"}  # H = 8, G = 2
+QWEN = {"model__name": "qwen3_upipe", "model__flavor": "debug"}  # H = 8, G = 4, H*d = 256, D = 192, q/k norm
+MODELS = {"llama3": LLAMA, "qwen3": QWEN}
+
+
+def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
+    return {
+        "context_parallel__method": "upipe",
+        "context_parallel__head_chunk": chunk,
+        "context_parallel__stash": stash,
+    }
+
+
+ULYSSES = {"context_parallel__method": "ulysses"}
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: seed_checkpoint(tmp_path_factory.mktemp(f"{name}_seed"), **MODELS[name]) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def one_rank(seeds: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Log]:
+    """Ten steps on one rank: Ulysses there is the plain attention layer in ordinary autograd."""
+    return {
+        name: train(tmp_path_factory.mktemp(f"{name}_one"), 1, *from_seed(seeds[name]), **MODELS[name], **ULYSSES)
+        for name in MODELS
+    }
+
+
+def assert_same(log: Log, reference: Log, loss: float = 1e-5, grad_norm: float = 1e-4) -> None:
+    assert len(log.loss) == len(reference.loss) > 0
+    assert log.loss == pytest.approx(reference.loss, rel=loss)
+    assert log.grad_norm == pytest.approx(reference.grad_norm, rel=grad_norm)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage"])
+@pytest.mark.parametrize("model", MODELS)
+def test_logged_numbers_equal_one_rank(
+    model: str, method: str, degree: int, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
+) -> None:
+    options = {"ulysses": ULYSSES, "upipe": upipe(degree), "upipe_one_stage": upipe(0)}[method]
+    log = train(tmp_path, degree, *from_seed(seeds[model]), **MODELS[model], **options)
+    assert_same(log, one_rank[model])
+
+
+@pytest.mark.parametrize(
+    "mode, stash",
+    [("full", "device"), ("full", "none"), ("selective", "device")],
+)
+def test_activation_checkpointing(
+    mode: str, stash: str, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
+) -> None:
+    options = {**upipe(4, stash), "activation_checkpoint__mode": mode}
+    assert_same(train(tmp_path, 2, *from_seed(seeds["llama3"]), **LLAMA, **options), one_rank["llama3"])
+
+
+@pytest.mark.parametrize("method", ["ulysses", "upipe"])
+def test_selective_checkpointing_by_operation(
+    method: str, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
+) -> None:
+    options = {
+        **(ULYSSES if method == "ulysses" else upipe(4)),
+        "activation_checkpoint__mode": "selective",
+        "activation_checkpoint__selective_ac_option": "op",
+    }
+    assert_same(train(tmp_path, 2, *from_seed(seeds["qwen3"]), **QWEN, **options), one_rank["qwen3"])
+
+
+SEQUENCE = 256
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A local dataset whose every document fills one sample exactly (with BOS, EOS and the shifted label).
+
+    Data-parallel ranks take documents in turn, so two ranks together read what one rank reads in two micro-batches.
+    """
+    tokenizer = Tokenizer.from_file(str(ROOT / "torchtitan_upipe/assets/tokenizer/tokenizer.json"))
+    words = sorted(
+        w.replace("\u0120", " ")
+        for w in tokenizer.get_vocab()
+        if w[0] == "\u0120" and w[1:].isascii() and w[1:].isalpha()
+    )
+    draw = random.Random(0)
+    file = tmp_path_factory.mktemp("documents") / "documents.jsonl"
+    with file.open("w") as out:
+        for _ in range(32):
+            text = "".join(draw.choices(words[:40], k=SEQUENCE - 1))
+            assert len(tokenizer.encode(text).ids) == SEQUENCE - 1
+            out.write(json.dumps({"text": text}) + "\n")
+    return {
+        "training__dataset": "local",
+        "training__dataset_path": file,
+        "training__seq_len": SEQUENCE,
+        "training__global_batch_size": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def two_documents(
+    seeds: dict[str, Path], documents: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Log:
+    """Global batches of two documents on one rank, in two accumulated micro-batches."""
+    folder = tmp_path_factory.mktemp("two_documents")
+    return train(folder, 1, *from_seed(seeds["llama3"]), **LLAMA, **ULYSSES, **documents)
+
+
+def test_training_learns(two_documents: Log) -> None:
+    assert two_documents.loss[-1] < two_documents.loss[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    "world, parallelism",
+    [
+        pytest.param(2, {"context_parallel_degree": 2}, id="accumulation"),
+        pytest.param(4, {"context_parallel_degree": 2, "data_parallel_shard_degree": 2}, id="cp-fsdp"),
+        pytest.param(4, {"context_parallel_degree": 2, "data_parallel_replicate_degree": 2}, id="cp-hsdp"),
+        pytest.param(2, {"context_parallel_degree": 1, "data_parallel_shard_degree": 2}, id="fsdp"),
+        pytest.param(2, {"context_parallel_degree": 1, "data_parallel_replicate_degree": 2}, id="ddp"),
+    ],
+)
+def test_beside_data_parallelism(
+    world: int,
+    parallelism: dict[str, int],
+    seeds: dict[str, Path],
+    documents: dict[str, object],
+    two_documents: Log,
+    tmp_path: Path,
+) -> None:
+    degrees = {f"parallelism__{name}": value for name, value in parallelism.items()}
+    log = train(tmp_path, world, *from_seed(seeds["llama3"]), **LLAMA, **upipe(4), **documents, **degrees)
+    assert_same(log, two_documents)
+
+
+def test_bfloat16_with_and_without_fsdp(seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path) -> None:
+    """One rank goes through autocast, two through FSDP's mixed precision; both stay near the float32 run."""
+    mixed = {**LLAMA, **upipe(4), "training__mixed_precision_param": "bfloat16"}
+    for world in (1, 2):
+        log = train(tmp_path / str(world), world, *from_seed(seeds["llama3"]), **mixed)
+        assert_same(log, one_rank["llama3"], loss=2e-3, grad_norm=3e-2)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_repeats_the_unbroken_one(tmp_path: Path) -> None:
+    """To the last digit: model, optimizer, schedule and position in the data all come back."""
+    options = {**QWEN, **upipe(2), "activation_checkpoint__mode": "full", "checkpoint__interval": 4}
+    whole = train(tmp_path / "whole", 2, "--checkpoint.enable", **options)
+    train(tmp_path / "broken", 2, "--checkpoint.enable", **options, training__steps=6, lr_scheduler__total_steps=10)
+    (tmp_path / "broken" / "checkpoint" / "step-6").rename(tmp_path / "the model alone, saved at the end")
+    for file in (tmp_path / "broken").glob("tb/*/events*"):
+        file.unlink()
+    resumed = train(tmp_path / "broken", 2, "--checkpoint.enable", **options)
+    assert len(resumed.loss) == 6  # steps 5 to 10
+    assert resumed.loss == whole.loss[4:]
+    assert resumed.grad_norm == whole.grad_norm[4:]
+
+
+@pytest.mark.parametrize(
+    "world, options",
+    [
+        pytest.param(2, upipe(2), id="other-chunk"),
+        pytest.param(4, ULYSSES, id="other-method-and-degree"),
+        pytest.param(1, upipe(1, "none"), id="one-rank"),
+    ],
+)
+def test_checkpoint_continues_under_another_layout(
+    world: int, options: dict[str, object], unbroken: tuple[Path, Log], tmp_path: Path
+) -> None:
+    checkpoint, whole = unbroken
+    log = train(
+        tmp_path,
+        world,
+        "--checkpoint.enable",
+        "--checkpoint.load_only",
+        "--checkpoint.no_initial_load_model_only",
+        **LLAMA,
+        **options,
+        checkpoint__initial_load_path=checkpoint,
+    )
+    assert len(log.loss) == 6
+    assert log.loss == pytest.approx(whole.loss[4:], rel=1e-5)
+    assert log.grad_norm == pytest.approx(whole.grad_norm[4:], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log]:
+    """Ten steps of UPipe on two ranks with U = 4, and its checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    log = train(folder, 2, "--checkpoint.enable", **LLAMA, **upipe(4), checkpoint__interval=4)
+    return folder / "checkpoint" / "step-4", log
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+def test_validation_loss_equals_one_rank(seeds: dict[str, Path], tmp_path: Path) -> None:
+    options = {
+        **LLAMA,
+        "training__steps": 2,
+        "validation__dataset": "stdlib",
+        "validation__seq_len": 256,
+        "validation__local_batch_size": 2,
+        "validation__steps": 2,
+        "validation__freq": 2,
+    }
+    logs = [
+        train(tmp_path / str(world), world, *from_seed(seeds["llama3"]), "--validation.enable", **options, **upipe(0))
+        for world in (1, 2)
+    ]
+    assert len(logs[0].validation) == 2
+    assert 5 < logs[0].validation[0] < 10
+    assert logs[1].validation == pytest.approx(logs[0].validation, rel=1e-5)
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    """Qwen3's small models share one weight between embedding and output."""
+    tied = {"model__name": "qwen3_upipe", "model__flavor": "debug_tied"}
+    seed = seed_checkpoint(tmp_path / "seed", **tied)
+    one = train(tmp_path / "one", 1, *from_seed(seed), **tied, **ULYSSES)
+    assert_same(train(tmp_path / "two", 2, *from_seed(seed), **tied, **upipe(2)), one)
