@@ -34,8 +34,8 @@ class Log:
     validation: list[float]
 
 
-def train(folder: Path, world_size: int, *flags: str, timeout: float = 240, **options: object) -> Log:
-    """Run a job; ``section__field=value`` overrides ``BASE``, ``flags`` are passed as they stand.
+def job_args(folder: Path, world_size: int, *flags: str, **options: object) -> list[str]:
+    """The command line of a job; ``section__field=value`` overrides ``BASE``, ``flags`` are passed as they stand.
 
     Context parallelism takes all ranks unless ``parallelism__context_parallel_degree`` says otherwise.
     """
@@ -47,8 +47,14 @@ def train(folder: Path, world_size: int, *flags: str, timeout: float = 240, **op
         "job.dump_folder": folder,
         **named,
     }
-    args = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    codes = run_ranks(run_main, world_size, [*args, *flags], init=False, timeout=timeout)
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + list(flags)
+
+
+def train(folder: Path, world_size: int, *flags: str, timeout: float = 240, **options: object) -> Log:
+    """Run the job of :func:`job_args` and read what it logged."""
+    codes = run_ranks(
+        run_main, world_size, job_args(folder, world_size, *flags, **options), init=False, timeout=timeout
+    )
     assert codes == [0] * world_size
     return read_log(folder)
 

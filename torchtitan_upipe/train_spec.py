@@ -13,6 +13,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from torchtitan_upipe.data.text import register_datasets
 from torchtitan_upipe.evaluate import build_validator
+from torchtitan_upipe.models.adapter import AnyDegreeLlama3Adapter
 from torchtitan_upipe.models.flavors import LLAMA3_DEBUG, QWEN3_DEBUG
 from torchtitan_upipe.models.rope import llama_rope, qwen_rope
 from torchtitan_upipe.parallelize import Parallelize
@@ -27,6 +28,7 @@ def llama3_spec() -> TrainSpec:
         parallelize_fn=Parallelize(spec.parallelize_fn, llama_rope),
         pipelining_fn=None,
         build_validator_fn=build_validator,
+        state_dict_adapter=AnyDegreeLlama3Adapter,
     )
 
 

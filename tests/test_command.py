@@ -1,0 +1,45 @@
+"""The commands as a user types them, under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.jobs import ROOT, job_args, read_log, train
+
+
+def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_refused_job_ends_with_its_sentence(tmp_path: Path) -> None:
+    args = job_args(tmp_path, 2, training__seq_len=255)
+    result = torchrun(2, "-m", "torchtitan_upipe.train", *args)
+    sentence = "ValueError: training.seq_len = 255 must be a multiple of context_parallel_degree = 2"
+    assert result.returncode == 1
+    last_lines = result.stderr.strip().splitlines()[-6:]
+    assert any(sentence in line for line in last_lines), result.stderr
+    assert result.stderr.count(sentence) == 2  # once by the rank, once in torchrun's summary
+    assert "line " not in "".join(last_lines)  # no traceback after it
+    assert not list(tmp_path.iterdir())
+
+
+def test_stock_torchtitan_runs_the_same_job(tmp_path: Path) -> None:
+    """A pure plugin: ``custom_config_module`` and ``custom_import`` are all that TorchTitan's own entry needs."""
+    options = {"training__steps": 3, "context_parallel__head_chunk": 4, "activation_checkpoint__mode": "full"}
+    result = torchrun(2, "tests/stock.py", *job_args(tmp_path / "stock", 2, **options))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "upipe over 2 ranks" in result.stdout + result.stderr
+    ours = train(tmp_path / "ours", 2, **options)
+    assert read_log(tmp_path / "stock").loss == ours.loss
+    assert len(ours.loss) == 3

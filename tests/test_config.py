@@ -1,0 +1,136 @@
+"""Bad input gets one clear sentence before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import ROOT, job_args
+from torchtitan_upipe.train import read_job
+
+QWEN = {"model__name": "qwen3_upipe"}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"training__seq_len": 254}, r"training.seq_len = 254 must be a multiple .* = 4; nearest: 252 or 256"),
+        ({"training__seq_len": 2}, r"training.seq_len = 2 must be a multiple .* nearest: 4 or 8"),
+        ({"context_parallel__head_chunk": 6}, r"head_chunk = 6 must be a multiple of ulysses_degree = 4.* 4 or 8"),
+        (
+            {"context_parallel__head_chunk": 4, "context_parallel__method": "ulysses"},
+            r"head_chunk = 4 has no meaning for method = \"ulysses\"",
+        ),
+        ({"parallelism__context_parallel_degree": 8}, r"= 8 is larger than the world of 4 ranks; start 8 ranks"),
+        ({"parallelism__context_parallel_degree": 3}, r"= 3 x .* do not make the world of 4 ranks"),
+        ({"parallelism__data_parallel_shard_degree": 2}, r"data_parallel_shard_degree = 2 do not make the world of 4"),
+        ({"parallelism__context_parallel_degree": 0}, r"context_parallel_degree = 0 must be at least 1"),
+        ({"parallelism__context_parallel_load_balancer": "headtail"}, r"'headtail' permutes the sequence"),
+        ({"parallelism__tensor_parallel_degree": 2}, r"tensor parallelism does not work with llama3_upipe yet"),
+        ({"parallelism__pipeline_parallel_degree": 2}, r"pipeline parallelism does not work"),
+        ({"parallelism__expert_parallel_degree": 2}, r"expert parallelism does not work"),
+        ({"activation_checkpoint__mode": "memory_budget"}, r"'memory_budget' does not work .* needs torch.compile"),
+        ({"model__converters": "float8"}, r"model converters does not work"),
+        ({"model__name": "llama3"}, r"model.name = 'llama3' is unknown here; choose one of llama3_upipe, qwen3_upipe"),
+        ({"model__flavor": "9B"}, r"model.flavor = '9B' is unknown for llama3_upipe; choose one of .*8B"),
+        ({"model__flavor": "8B_flex"}, r"'8B_flex' uses flex attention"),
+        ({**QWEN, "model__flavor": "debugmodel_moe"}, r"a mixture of experts does not work with qwen3_upipe yet"),
+        ({"model__hf_assets_path": "nowhere"}, r"model.hf_assets_path = 'nowhere' holds no tokenizer"),
+        ({"training__dataset": "c5"}, r"training.dataset = 'c5' is unknown; choose one of c4"),
+        ({"training__dataset": "local"}, r"training.dataset = \"local\" needs training.dataset_path"),
+        ({"training__dataset": "c4_test"}, r"reads tests/assets/c4_test, which is part of TorchTitan's source tree"),
+        (
+            {"training__dataset": "local", "training__dataset_path": "/no/such/folder"},
+            r"training.dataset_path = '/no/such/folder' does not exist",
+        ),
+        ({"context_parallel__attention_kernel": "flash3"}, r"'flash3' runs on CUDA only and this job runs on cpu"),
+        # the command line itself
+        ({"context_parallel__method": "rink"}, r"command line: .*rink"),
+        ({"context_parallel__head_chunk": "many"}, r"command line: .*many"),
+        (
+            {"context_parallel__head_chunks": 4},
+            r"unknown field context_parallel.head_chunks; .*context_parallel.head_chunk\.$",
+        ),
+        ({"context_parallel__ring_degree": 2}, r"context_parallel.ring_degree: ring and hybrid .* not available yet"),
+        ({"activation_checkpoint__offload": "True"}, r"activation_checkpoint.offload: .* not available yet"),
+    ],
+)
+def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_job(job_args(tmp_path, 4, **options))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--compile.enable"], r"torch.compile does not work with llama3_upipe yet; set compile.enable = false"),
+        (["--fault_tolerance.enable"], r"fault tolerance does not work"),
+        (["--validation.enable", "--validation.seq_len", "30"], r"validation.seq_len = 30 must be a multiple"),
+        (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),
+        (["--job.custom_config_module", "torchtitan.config.job_config"], r"must be \"torchtitan_upipe.job_config\""),
+    ],
+)
+def test_refused_flags(flags: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_job(job_args(tmp_path, 4, *flags))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("[context_parallel]\nhead_chunk = 'four'", r"context_parallel.head_chunk = 'four' is not of type int"),
+        ("[context_parallel]\nhead_chunk = true", r"head_chunk = True is not of type int"),
+        ("[context_parallel]\nmethod = 'rink'", r"method = 'rink' is not one of 'upipe', 'ulysses'"),
+        (
+            "[context_parallel]\nhead_chunck = 4",
+            r"unknown field context_parallel.head_chunck; .*context_parallel.head_chunk\.$",
+        ),
+        ("[context_paralel]\nhead_chunk = 4", r"unknown field context_paralel; the nearest known one is context_par"),
+        ("[context_parallel]\ntile_size = 32768", r"tile_size: tiling of norm, MLP and loss is not available yet"),
+        ("context_parallel = 4", r"context_parallel is a section and cannot be set to 4"),
+        ("[training]\nseq_len = 2048.5", r"training.seq_len = 2048.5 is not of type int"),
+        ("[activation_checkpoint]\nmode = 'ful'", r"mode = 'ful' is not one of 'selective', 'full'"),
+        ("[parallelism]\ncontext_parallel_load_balancer = ''", r"load_balancer = '' .*|cannot be an empty string"),
+        ("[training", r"is not valid TOML"),
+    ],
+)
+def test_refused_files(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_job(["--job.config_file", str(path)])
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ValueError, match=r"cannot read the job file 'no.toml': No such file"):
+        read_job(["--job.config_file", "no.toml"])
+
+
+def test_sections_are_known_without_naming_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    path = tmp_path / "job.toml"
+    assets = ROOT / "torchtitan_upipe/assets/tokenizer"
+    path.write_text(
+        f"[model]\nname = 'llama3_upipe'\nflavor = 'debug'\nhf_assets_path = '{assets}'\n"
+        "[training]\ndataset = 'stdlib'\n[context_parallel]\nhead_chunk = 4\nstash = 'none'\n"
+    )
+    config = read_job(["--job.config_file", str(path), "--context_parallel.head_chunk", "8"])
+    assert config.context_parallel.head_chunk == 8  # the command line wins
+    assert config.context_parallel.stash == "none"
+    assert config.parallelism.context_parallel_load_balancer is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_jobs_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert read_job(["--job.config_file", str(path)]).training.steps > 0
