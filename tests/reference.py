@@ -65,22 +65,24 @@ class Case:
 
     def transform(self, positions: Tensor, dtype: torch.dtype) -> NormThenRope:
         """Norm and RoPE of the given positions ``[N]``."""
-        frequencies = 10000.0 ** -(torch.arange(0, self.shape.head_dim, 2).double() / self.shape.head_dim)
+        frequencies = 10000.0 ** -(
+            torch.arange(0, self.shape.head_dim, 2, device=positions.device).double() / self.shape.head_dim
+        )
         angles = (positions.double()[:, None] * frequencies)[None, :, None]  # [1, N, 1, d/2]
         wide = torch.promote_types(dtype, torch.float32)
         return NormThenRope(Rope(angles.cos().to(wide), angles.sin().to(wide), self.shape.interleaved), EPS)
 
 
-def _leaf(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype, copy=True).requires_grad_()
+def _leaf(t: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return t.to(device, dtype, copy=True).requires_grad_()
 
 
-def run_layer(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """Output and gradients of the plain unsharded layer in ``dtype``."""
     s = case.shape
-    x = _leaf(case.x, dtype)
-    w = {name: _leaf(t, dtype) for name, t in case.weights.items()}
-    transform = case.transform(torch.arange(s.length), dtype)
+    x = _leaf(case.x, dtype, device)
+    w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
+    transform = case.transform(torch.arange(s.length, device=device), dtype)
     q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
     k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
     v = F.linear(x, w["wv"]).unflatten(-1, (-1, s.head_dim))
@@ -88,22 +90,24 @@ def run_layer(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
     )
     y = F.linear(o.transpose(1, 2).flatten(2), w["wo"])
-    y.backward(case.dy.to(dtype))
+    y.backward(case.dy.to(device, dtype))
     grads = {name: t.grad for name, t in w.items() if t.grad is not None}
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def run_method(case: Case, method: object, rank: int, degree: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def run_method(
+    case: Case, method: object, rank: int, degree: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Output and gradients of one rank's share under a context-parallel method."""
     s = case.shape
     tokens = s.length // degree
     mine = slice(rank * tokens, (rank + 1) * tokens)
-    x = _leaf(case.x[:, mine], dtype)
-    w = {name: _leaf(t, dtype) for name, t in case.weights.items()}
-    transform = case.transform(torch.arange(s.length)[mine], dtype)
+    x = _leaf(case.x[:, mine], dtype, device)
+    w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
+    transform = case.transform(torch.arange(s.length, device=device)[mine], dtype)
     y = method(x, AttentionWeights(**w), transform, s.head_dim)  # type: ignore[operator]
-    y.backward(case.dy[:, mine].to(dtype))
+    y.backward(case.dy[:, mine].to(device, dtype))
     grads = {name: t.grad for name, t in w.items() if t.grad is not None}
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads}

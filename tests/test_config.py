@@ -72,6 +72,12 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
     "flags, sentence",
     [
         (["--compile.enable"], r"torch.compile does not work with llama3_upipe yet; set compile.enable = false"),
+        (
+            ["--training.enable_cpu_offload"],
+            r"training.enable_cpu_offload = true works on CUDA only and this job runs on",
+        ),
+        (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),
+        (["--checkpoint.async_mode", "async_with_pinned_mem"], r"\"async_with_pinned_mem\" works on CUDA only"),
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),
         (["--validation.enable", "--validation.seq_len", "30"], r"validation.seq_len = 30 must be a multiple"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),

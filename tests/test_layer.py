@@ -41,7 +41,7 @@ def variants(shape: Shape, degree: int) -> list[Variant]:
     return [("ulysses", 0, "none"), *(("upipe", u, stash) for u in chunks for stash in ("none", "device"))]
 
 
-def build(shape: Shape, variant: Variant) -> Any:
+def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
     method, head_chunk, stash = variant
     return build_method(
         method,
@@ -49,8 +49,8 @@ def build(shape: Shape, variant: Variant) -> Any:
         num_kv_heads=shape.kv_heads,
         head_chunk=head_chunk,
         stash=stash,
-        group=dist.group.WORLD if dist.get_world_size() > 1 else None,
-        kernel=build_kernel("sdpa", "cpu"),
+        group=dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None,
+        kernel=build_kernel("sdpa", device),
     )
 
 
@@ -105,6 +105,20 @@ def test_one_stage_is_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> Non
     ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none"), ("upipe", shape.heads, "device")])
     for ulysses, upipe in ranks:
         assert torch.equal(ulysses["y"], upipe["y"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["gqa", "kv2", "wide"])
+def test_bfloat16_on_one_gpu(name: str) -> None:
+    shape = replace(SHAPES[name], dim=512, head_dim=64, length=1024)
+    case = Case(shape).rounded(torch.bfloat16)
+    truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16, "cuda")
+    for variant in variants(shape, 1):
+        got = run_method(case, build(shape, variant, "cuda"), 0, 1, torch.bfloat16, "cuda")
+        for key in truth:
+            error = relative_error(got[key].cpu(), truth[key])
+            assert error < 1.2 * relative_error(plain[key].cpu(), truth[key]), (variant, key)
 
 
 # --- a wrong schedule must be noticed -------------------------------------------------------------------------------

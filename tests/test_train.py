@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tests.jobs import ROOT, Log, from_seed, seed_checkpoint, train
+from tests.jobs import ROOT, Log, from_seed, job_args, seed_checkpoint, train
+from tests.ranks import run_ranks
 
 LLAMA = {"model__name": "llama3_upipe", "model__flavor": "debug_kv2"}  # H = 8, G = 2
 QWEN = {"model__name": "qwen3_upipe", "model__flavor": "debug"}  # H = 8, G = 4, H*d = 256, D = 192, q/k norm
@@ -67,6 +68,38 @@ def test_activation_checkpointing(
 ) -> None:
     options = {**upipe(4, stash), "activation_checkpoint__mode": mode}
     assert_same(train(tmp_path, 2, *from_seed(seeds["llama3"]), **LLAMA, **options), one_rank["llama3"])
+
+
+def traffic_of_one_step(args: list[str]) -> list[tuple[int, int]]:
+    """All-to-all calls and bytes of every layer in one training step."""
+    import torchtitan.train
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+    from torchtitan_upipe.train import read_job
+
+    trainer = torchtitan.train.Trainer(read_job(args))
+    trainer.train()
+    trainer.close()
+    blocks = list(trainer.model_parts[0].layers.values())
+    checkpointed = [isinstance(block, CheckpointWrapper) for block in blocks]
+    assert checkpointed == [args[args.index("--activation_checkpoint.mode") + 1] == "full"] * len(blocks)
+    layers = [block.attention.method.exchange.traffic for block in blocks]
+    return [(traffic.calls, traffic.bytes) for traffic in layers]
+
+
+def test_full_checkpointing_finds_the_stash_again(tmp_path: Path) -> None:
+    """With a stash, full checkpointing costs no exchange more; without one, the block's second run repeats them all."""
+    calls = {}
+    for mode in ("none", "full"):
+        for stash in ("device", "none"):
+            options = {**LLAMA, **upipe(4, stash), "activation_checkpoint__mode": mode, "training__steps": 1}
+            args = job_args(tmp_path / f"{mode}-{stash}", 2, **options)
+            calls[mode, stash] = run_ranks(traffic_of_one_step, 2, args, init=False)[0]
+    assert calls["full", "device"] == calls["none", "device"] == calls["none", "none"]
+    (with_stash, _), (without, _) = calls["full", "device"][0], calls["full", "none"][0]
+    assert without == with_stash * 3 // 2  # forward 1, second run 1, backward 2 against forward 1, backward 2
+    # two stages of U = 4; G = 2 KV heads, one a rank, stay for both: q and o twice, k and v once
+    assert with_stash == 3 * (2 * 2 + 2)
 
 
 @pytest.mark.parametrize("method", ["ulysses", "upipe"])
@@ -235,3 +268,28 @@ def test_tied_weights(tmp_path: Path) -> None:
     seed = seed_checkpoint(tmp_path / "seed", **tied)
     one = train(tmp_path / "one", 1, *from_seed(seed), **tied, **ULYSSES)
     assert_same(train(tmp_path / "two", 2, *from_seed(seed), **tied, **upipe(2)), one)
+
+
+# --- other ways to start --------------------------------------------------------------------------------------------
+
+
+def fake_backend_rank(args: list[str]) -> int:
+    import os
+
+    from torchtitan_upipe.train import main
+
+    os.environ["NGPU"] = "8"
+    return main(args)
+
+
+def test_dry_run_with_a_fake_backend(tmp_path: Path) -> None:
+    """One process plays rank 0 of eight: the whole loop runs, nothing is sent."""
+    options = {**LLAMA, **upipe(8), "comm__mode": "fake_backend", "training__steps": 2}
+    args = job_args(tmp_path, 8, **options)
+    assert run_ranks(fake_backend_rank, 1, args, init=False) == [0]
+
+
+def test_profiling(tmp_path: Path) -> None:
+    flags = ["--profiling.enable_profiling", "--profiling.profile_freq", "4", "--profiling.profiler_warmup", "1"]
+    train(tmp_path, 2, *flags, **LLAMA, **upipe(4), training__steps=4)
+    assert list(tmp_path.glob("profile_traces/**/*.json"))

@@ -29,6 +29,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
+    _check_device(config, device_type)
     _check_files(config)
     check_kernel(
         config.context_parallel.attention_kernel,
@@ -126,6 +127,20 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
             f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
             "choose the flavor without the suffix."
         )
+
+
+def _check_device(config: JobConfig, device_type: str) -> None:
+    if device_type != "cpu":
+        return
+    cuda_only = {
+        "training.enable_cpu_offload = true": config.training.enable_cpu_offload,
+        "training.dataloader.pin_memory = true": config.training.dataloader.pin_memory,
+        'checkpoint.async_mode = "async_with_pinned_mem"': config.checkpoint.async_mode == "async_with_pinned_mem",
+        "profiling.enable_memory_snapshot = true": config.profiling.enable_memory_snapshot,
+    }
+    for option, asked in cuda_only.items():
+        if asked:
+            raise ValueError(f"{option} works on CUDA only and this job runs on cpu; remove it.")
 
 
 def _check_files(config: JobConfig) -> None:

@@ -1,0 +1,173 @@
+"""Measure what the README and docs/correctness.md state: ``python -m tests.measure docs/correctness.md``."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.jobs import from_seed, seed_checkpoint, train
+from tests.live_bytes import LiveBytes
+from tests.ranks import run_ranks
+from tests.reference import Case, Shape, relative_error, run_layer
+from tests.test_layer import SHAPES, Variant, build, gather, layer_rank, traffic_rank, variants
+from torchtitan_upipe.cp.strategy import AttentionWeights
+
+# Llama3-8B's heads (32 query, 8 KV, C = 8) at a sixteenth of its width; N = 2048 tokens a rank keep weights small.
+MEMORY_SHAPE = Shape(32, 8, head_dim=8, dim=256, length=16384)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table between empty lines."""
+    columns = list(header)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n" + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def layer_errors() -> str:
+    """Worst error over outputs and gradients, methods and head chunks."""
+    rows = []
+    for name, shape in SHAPES.items():
+        for degree in (1, 2, 4):
+            which = variants(shape, degree)
+            case = Case(shape).rounded(torch.float32)
+            truth, plain = run_layer(case, torch.float64), run_layer(case, torch.float32)
+            ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
+            worst = max(relative_error(g[k], truth[k]) for g in _each(ranks, which) for k in truth)
+            own = max(relative_error(plain[k], truth[k]) for k in truth)
+
+            low = replace(shape, dim=128, head_dim=32, length=128)
+            case = Case(low).rounded(torch.bfloat16)
+            truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
+            ranks = run_ranks(layer_rank, degree, low, torch.bfloat16, which)
+            ratio = max(
+                relative_error(g[k], truth[k]) / relative_error(plain[k], truth[k])
+                for g in _each(ranks, which)
+                for k in truth
+            )
+            heads = f"H={shape.heads} G={shape.kv_heads}" + (" q/k norm" if shape.norm else "")
+            rows.append((name, heads, degree, len(which), f"{worst:.1e}", f"{own:.1e}", f"{ratio:.2f}"))
+    return table(
+        (
+            "layer",
+            "heads",
+            "C",
+            "variants",
+            "worst float32 error",
+            "plain float32 layer's own",
+            "worst bf16 error / plain bf16 layer's own",
+        ),
+        rows,
+    )
+
+
+def _each(ranks: list[list[dict[str, torch.Tensor]]], which: list[Variant]) -> list[dict[str, torch.Tensor]]:
+    return [gather([r[i] for r in ranks]) for i in range(len(which))]
+
+
+def losses() -> str:
+    """Logged losses of ten steps against one rank."""
+    rows = []
+    models = {"llama3 debug_kv2": ("llama3_upipe", "debug_kv2"), "qwen3 debug": ("qwen3_upipe", "debug")}
+    for label, (name, flavor) in models.items():
+        model = {"model__name": name, "model__flavor": flavor}
+        with tempfile.TemporaryDirectory() as folder:
+            seed = from_seed(seed_checkpoint(Path(folder) / "seed", **model))
+            one = train(Path(folder) / "one", 1, *seed, **model, context_parallel__method="ulysses")
+            for degree in (2, 4):
+                for method, chunk in (("ulysses", 0), ("upipe", degree), ("upipe", 0)):
+                    options = {"context_parallel__method": method, "context_parallel__head_chunk": chunk}
+                    log = train(Path(folder) / f"{method}{chunk}{degree}", degree, *seed, **model, **options)
+                    loss = max(abs(a / b - 1) for a, b in zip(log.loss, one.loss, strict=True))
+                    norm = max(abs(a / b - 1) for a, b in zip(log.grad_norm, one.grad_norm, strict=True))
+                    rows.append((label, method, chunk or "H", degree, f"{loss:.1e}", f"{norm:.1e}"))
+    return table(
+        ("model", "method", "head chunk", "C", "worst loss difference", "worst gradient norm difference"), rows
+    )
+
+
+def traffic() -> str:
+    """All-to-alls and attention calls of one layer."""
+    shape, rows = SHAPES["gqa"], []
+    for ac in (False, True):
+        for variant in [("ulysses", 0, "none"), ("upipe", 4, "device"), ("upipe", 4, "none")]:
+            counts = run_ranks(traffic_rank, 4, shape, variant, ac)[0]
+            method, chunk, stash = variant
+            label = method if method == "ulysses" else f"upipe, U={chunk}, stash {stash}"
+            calls, sent, forwards, backwards = (sum(pair) for pair in zip(*counts.values(), strict=True))
+            rows.append((label, "full" if ac else "none", calls, sent, forwards, backwards))
+    return table(
+        ("method", "AC", "all-to-alls", "bytes sent by a rank", "attention forwards", "attention backwards"), rows
+    )
+
+
+def memory_rank(variant: Variant) -> float:
+    """Peak live bytes of one layer's forward and backward on this rank, in ``u``."""
+    shape, rank, degree = MEMORY_SHAPE, dist.get_rank(), dist.get_world_size()
+    case, method = Case(shape), build(shape, variant)
+    tokens = shape.length // degree
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    x = case.x[:, mine].float().requires_grad_()
+    dy = case.dy[:, mine].float()
+    weights = AttentionWeights(**{name: w.float().requires_grad_() for name, w in case.weights.items()})
+    transform = case.transform(torch.arange(shape.length)[mine], torch.float32)
+    with LiveBytes() as meter:
+        meter.ignore(x, dy, *(w for w in vars(weights).values() if w is not None))
+        method(x, weights, transform, shape.head_dim).backward(dy)
+    return meter.peak / (x.numel() * x.element_size())
+
+
+def memory() -> str:
+    """Peak live memory of one layer, forward and backward."""
+    cases: list[Variant] = [("ulysses", 0, "none")]
+    cases += [("upipe", chunk, stash) for chunk in (32, 16, 8) for stash in ("device", "none")]
+    rows = []
+    for variant in cases:
+        results = run_ranks(memory_rank, 8, variant, timeout=600)
+        method, chunk, stash = variant
+        rows.append((method, chunk or 32, "-" if method == "ulysses" else stash, f"{max(results):.2f}"))
+    return table(("method", "head chunk", "stash", "peak of forward + backward [u]"), rows)
+
+
+PAGE = """# Measured: correctness, traffic and layer memory
+
+Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {versions}.
+
+## One layer against the unsharded float64 layer
+
+`||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses and UPipe with every legal head
+chunk, with and without stash. `tests/test_layer.py` asserts 1e-5 and, for the layers gqa, kv2 and wide, a bf16 ratio of
+1.2 (d = 32, D = 128).
+{layer_errors}
+## Ten training steps against one rank
+
+Relative differences of what the trainer logged, float32. `tests/test_train.py` asserts 1e-5 and 1e-4.
+{losses}
+## What one layer sends and computes
+
+H = 16, G = 4, C = 4, S = 64, d = 16, float32; forward and backward together. `tests/test_layer.py` asserts both apart.
+{traffic}
+## Peak live memory of one layer
+
+Llama3-8B's heads (H = 32, G = 8) at C = 8, N = 2048 tokens a rank, d = 8, float32 on CPU; all tensors made during
+forward and backward, dx (1u) and weight gradients (0.3u) included; x, dy and weights not. `u` is one hidden tensor
+`[N, D]`. In float32 the running sums of y and dx are no wider than other tensors; in bfloat16 they are, and GPU kernels
+have workspaces of their own: these are not the figures of a bf16 run on GPUs.
+{memory}"""
+
+
+def main(path: Path) -> None:
+    """Write the whole page."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    parts = (layer_errors, losses, traffic, memory)
+    path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
