@@ -76,6 +76,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
             ["--training.enable_cpu_offload"],
             r"training.enable_cpu_offload = true works on CUDA only and this job runs on",
         ),
+        (["--profiling.enable_profiling"], r"profiling.enable_profiling = true works on CUDA only"),
         (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], r"\"async_with_pinned_mem\" works on CUDA only"),
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),

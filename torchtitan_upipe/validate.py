@@ -136,6 +136,7 @@ def _check_device(config: JobConfig, device_type: str) -> None:
         "training.enable_cpu_offload = true": config.training.enable_cpu_offload,
         "training.dataloader.pin_memory = true": config.training.dataloader.pin_memory,
         'checkpoint.async_mode = "async_with_pinned_mem"': config.checkpoint.async_mode == "async_with_pinned_mem",
+        "profiling.enable_profiling = true": config.profiling.enable_profiling,  # TorchTitan names no CPU activity
         "profiling.enable_memory_snapshot = true": config.profiling.enable_memory_snapshot,
     }
     for option, asked in cuda_only.items():
