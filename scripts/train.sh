@@ -6,7 +6,7 @@
 #   CONFIG_FILE=train_configs/x.toml NGPU=8 bash scripts/train.sh    another job, on 8 ranks
 #   LOG_RANK=0,1                                                     the ranks whose output is shown
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 
 if has_gpu; then
   ranks=$(nvidia-smi -L | grep -c GPU)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import ROOT, job_args, read_log, train
 
 
@@ -43,3 +45,22 @@ def test_stock_torchtitan_runs_the_same_job(tmp_path: Path) -> None:
     ours = train(tmp_path / "ours", 2, **options)
     assert read_log(tmp_path / "stock").loss == ours.loss
     assert len(ours.loss) == 3
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv" / "installed").exists(), reason="scripts/test.sh makes the .venv that this needs"
+)
+@pytest.mark.parametrize("steps, code", [(2, 0), (-1, 1)])
+def test_train_script_passes_arguments_on(steps: int, code: int, tmp_path: Path) -> None:
+    """The README's first command, with overrides."""
+    overrides = {"job.dump_folder": tmp_path, "training.seq_len": 256, "training.steps": steps}
+    args = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+    result = subprocess.run(
+        ["bash", "scripts/train.sh", *args], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == code, result.stderr[-3000:]
+    if code:
+        assert "ValueError: training.steps = -1 must be at least 1" in result.stderr
+    else:
+        assert "Training completed" in result.stdout + result.stderr
+        assert len(read_log(tmp_path).loss) == steps

@@ -23,6 +23,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"training__seq_len": 254}, r"training.seq_len = 254 must be a multiple .* = 4; nearest: 252 or 256"),
         ({"training__seq_len": 2}, r"training.seq_len = 2 must be a multiple .* nearest: 4 or 8"),
+        ({"training__steps": 0}, r"training.steps = 0 must be at least 1"),
+        ({"training__local_batch_size": 2, "training__global_batch_size": 3}, r"= 3 must be a multiple of .*: 2 or 4"),
         ({"context_parallel__head_chunk": 6}, r"head_chunk = 6 must be a multiple of ulysses_degree = 4.* 4 or 8"),
         (
             {"context_parallel__head_chunk": 4, "context_parallel__method": "ulysses"},

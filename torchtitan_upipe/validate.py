@@ -26,6 +26,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
         ValueError: the first thing that is wrong.
     """
     _check_parallelism(config, world_size)
+    _check_counts(config, world_size)
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
@@ -67,6 +68,26 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
             f"{p.data_parallel_replicate_degree} x data_parallel_shard_degree = {shard} do not make the world of "
             f"{world_size} ranks; set data_parallel_shard_degree = -1 to use what is left, "
             "or change the number of ranks."
+        )
+
+
+def _check_counts(config: JobConfig, world_size: int) -> None:
+    training = config.training
+    counts = {
+        "training.steps": training.steps,
+        "training.local_batch_size": training.local_batch_size,
+        "metrics.log_freq": config.metrics.log_freq,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} = {count} must be at least 1.")
+    batch_ranks = world_size // config.parallelism.context_parallel_degree
+    per_pass = training.local_batch_size * batch_ranks
+    if training.global_batch_size >= 0 and (training.global_batch_size < 1 or training.global_batch_size % per_pass):
+        near = max(training.global_batch_size // per_pass, 1) * per_pass
+        raise ValueError(
+            f"training.global_batch_size = {training.global_batch_size} must be a multiple of local_batch_size = "
+            f"{training.local_batch_size} x {batch_ranks} data-parallel ranks; nearest: {near} or {near + per_pass}."
         )
 
 

@@ -76,11 +76,10 @@ class _UPipeLayer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         layer = StageLayer(x, AttentionWeights(*weights), transform, head_dim, upipe.exchange, upipe.kernel)  # type: ignore[arg-type]
-        stages = upipe.schedule.stages
         kv: dict[int, KVBlock] = {}
-        y = None if len(stages) == 1 else torch.zeros_like(x, dtype=accumulate_dtype(x.dtype))
+        y = torch.zeros_like(x, dtype=accumulate_dtype(x.dtype))
 
-        for index, stage in enumerate(stages):
+        for index, stage in enumerate(upipe.schedule.stages):
             stashed = None if stash is None else stash.get(index)
             if stashed is not None:  # the block's second run
                 o, _ = stashed
@@ -104,13 +103,11 @@ class _UPipeLayer(torch.autograd.Function):
 
             # project out: the stage's share of y
             columns = head_columns(layer.weights.wo, stage.queries.distinct, head_dim)
-            share = F.linear(o.flatten(2), columns)  # [B, N, D]
-            y = share if y is None else y.add_(share)
-            del o, share
+            y += F.linear(o.flatten(2), columns)  # [B, N, D]
+            del o
 
         ctx.save_for_backward(x, *weights)
         ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim = upipe, stash, transform, head_dim
-        assert y is not None  # a schedule has at least one stage
         return y.to(x.dtype)
 
     @staticmethod
