@@ -68,7 +68,7 @@ def layer_errors() -> str:
 
 
 def _each(ranks: list[list[dict[str, torch.Tensor]]], which: list[Variant]) -> list[dict[str, torch.Tensor]]:
-    return [gather([r[i] for r in ranks]) for i in range(len(which))]
+    return [gather([r[i] for r in ranks], zigzag=which[i][0] == "ring") for i in range(len(which))]
 
 
 def losses() -> str:
@@ -141,9 +141,9 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 
 ## One layer against the unsharded float64 layer
 
-`||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses and UPipe with every legal head
-chunk, with and without stash. `tests/test_layer.py` asserts 1e-5 and, for the layers gqa, kv2 and wide, a bf16 ratio of
-1.2 (d = 32, D = 128).
+`||value - truth|| / ||truth||`, the worst of the output and every gradient over ring, Ulysses and UPipe with every
+legal head chunk, with and without stash. `tests/test_layer.py` asserts 1e-5 and, for the layers gqa, kv2 and wide, a
+bf16 ratio of 1.2 (d = 32, D = 128).
 {layer_errors}
 ## Ten training steps against one rank
 

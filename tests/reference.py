@@ -96,18 +96,24 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
+def shard(length: int, rank: int, degree: int, zigzag: bool = False) -> Tensor:
+    """Positions of a rank's tokens: a contiguous block, or chunks ``r`` and ``2*C-1-r`` of ``2*C``."""
+    if not zigzag:
+        return torch.arange(length).chunk(degree)[rank]
+    chunks = torch.arange(length).chunk(2 * degree)
+    return torch.cat([chunks[rank], chunks[2 * degree - 1 - rank]])
+
+
 def run_method(
-    case: Case, method: object, rank: int, degree: int, dtype: torch.dtype, device: str = "cpu"
+    case: Case, method: object, positions: Tensor, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Output and gradients of one rank's share under a context-parallel method."""
+    """Output and gradients of the tokens at ``positions``, one rank's share under a context-parallel method."""
     s = case.shape
-    tokens = s.length // degree
-    mine = slice(rank * tokens, (rank + 1) * tokens)
-    x = _leaf(case.x[:, mine], dtype, device)
+    x = _leaf(case.x[:, positions], dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
-    transform = case.transform(torch.arange(s.length, device=device)[mine], dtype)
+    transform = case.transform(positions.to(device), dtype)
     y = method(x, AttentionWeights(**w), transform, s.head_dim)  # type: ignore[operator]
-    y.backward(case.dy[:, mine].to(device, dtype))
+    y.backward(case.dy[:, positions].to(device, dtype))
     grads = {name: t.grad for name, t in w.items() if t.grad is not None}
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads}

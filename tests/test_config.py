@@ -23,6 +23,18 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"training__seq_len": 254}, r"training.seq_len = 254 must be a multiple .* = 4; nearest: 252 or 256"),
         ({"training__seq_len": 2}, r"training.seq_len = 2 must be a multiple .* nearest: 4 or 8"),
+        (
+            {"training__seq_len": 252, "context_parallel__method": "ring"},
+            r"seq_len = 252 must be a multiple of 2 x context_parallel_degree = 8; nearest: 248 or 256",
+        ),
+        (
+            {"context_parallel__method": "ring", "parallelism__context_parallel_load_balancer": "ptrr"},
+            r"'ptrr' permutes the sequence, but method = 'ring' needs zigzag",
+        ),
+        (
+            {"context_parallel__method": "ring", "context_parallel__head_chunk": 4},
+            r"head_chunk = 4 has no meaning for method = \"ring\"",
+        ),
         ({"training__steps": 0}, r"training.steps = 0 must be at least 1"),
         ({"training__local_batch_size": 2, "training__global_batch_size": 3}, r"= 3 must be a multiple of .*: 2 or 4"),
         ({"context_parallel__head_chunk": 6}, r"head_chunk = 6 must be a multiple of ulysses_degree = 4.* 4 or 8"),
@@ -60,7 +72,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__head_chunks": 4},
             r"unknown field context_parallel.head_chunks; .*context_parallel.head_chunk\.$",
         ),
-        ({"context_parallel__ring_degree": 2}, r"context_parallel.ring_degree: ring and hybrid .* not available yet"),
+        ({"context_parallel__ring_degree": 2}, r"context_parallel.ring_degree: hybrid .* is not available yet"),
         ({"activation_checkpoint__offload": "True"}, r"activation_checkpoint.offload: .* not available yet"),
     ],
 )
@@ -98,7 +110,7 @@ def test_refused_flags(flags: list[str], sentence: str, tmp_path: Path) -> None:
     [
         ("[context_parallel]\nhead_chunk = 'four'", r"context_parallel.head_chunk = 'four' is not of type int"),
         ("[context_parallel]\nhead_chunk = true", r"head_chunk = True is not of type int"),
-        ("[context_parallel]\nmethod = 'rink'", r"method = 'rink' is not one of 'upipe', 'ulysses'"),
+        ("[context_parallel]\nmethod = 'rink'", r"method = 'rink' is not one of 'upipe', 'ulysses', 'ring'"),
         (
             "[context_parallel]\nhead_chunck = 4",
             r"unknown field context_parallel.head_chunck; .*context_parallel.head_chunk\.$",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
-from tests.reference import Case, Shape, relative_error, run_layer, run_method
+from tests.reference import Case, Shape, relative_error, run_layer, run_method, shard
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import Traffic
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage
@@ -38,7 +38,8 @@ SHAPES = {
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
     chunks = range(degree, shape.heads + 1, degree)
-    return [("ulysses", 0, "none"), *(("upipe", u, stash) for u in chunks for stash in ("none", "device"))]
+    upipe = [("upipe", u, stash) for u in chunks for stash in ("none", "device")]
+    return [("ulysses", 0, "none"), ("ring", 0, "none"), *upipe]
 
 
 def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
@@ -54,16 +55,21 @@ def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
     )
 
 
+def my_tokens(shape: Shape, variant: Variant) -> Tensor:
+    return shard(shape.length, dist.get_rank(), dist.get_world_size(), zigzag=variant[0] == "ring")
+
+
 def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant]) -> list[dict[str, Tensor]]:
     case = Case(shape).rounded(dtype)
-    rank, degree = dist.get_rank(), dist.get_world_size()
-    return [run_method(case, build(shape, variant), rank, degree, dtype) for variant in which]
+    return [run_method(case, build(shape, variant), my_tokens(shape, variant), dtype) for variant in which]
 
 
-def gather(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs and ``dx`` side by side; weight gradients summed, as FSDP would."""
+def gather(ranks: list[dict[str, Tensor]], zigzag: bool = False) -> dict[str, Tensor]:
+    """Outputs and ``dx`` in the order of the sequence; weight gradients summed, as FSDP would."""
+    length, degree = sum(r["y"].shape[1] for r in ranks), len(ranks)
+    order = torch.cat([shard(length, rank, degree, zigzag) for rank in range(degree)]).argsort()
     return {
-        name: torch.cat([r[name] for r in ranks], dim=1)
+        name: torch.cat([r[name] for r in ranks], dim=1)[:, order]
         if name in ("y", "x")
         else torch.stack([r[name].double() for r in ranks]).sum(0)
         for name in ranks[0]
@@ -78,7 +84,7 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int) -> 
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
     for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks])
+        got = gather([r[i] for r in ranks], zigzag=variant[0] == "ring")
         assert got.keys() == truth.keys()
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
@@ -93,7 +99,7 @@ def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: 
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which)
     for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks])
+        got = gather([r[i] for r in ranks], zigzag=variant[0] == "ring")
         ratios = {key: relative_error(got[key], truth[key]) / relative_error(plain[key], truth[key]) for key in truth}
         assert max(ratios.values()) < 1.2, (variant, ratios)
 
@@ -115,10 +121,43 @@ def test_bfloat16_on_one_gpu(name: str) -> None:
     case = Case(shape).rounded(torch.bfloat16)
     truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16, "cuda")
     for variant in variants(shape, 1):
-        got = run_method(case, build(shape, variant, "cuda"), 0, 1, torch.bfloat16, "cuda")
+        got = run_method(case, build(shape, variant, "cuda"), shard(shape.length, 0, 1), torch.bfloat16, "cuda")
         for key in truth:
             error = relative_error(got[key].cpu(), truth[key])
             assert error < 1.2 * relative_error(plain[key].cpu(), truth[key]), (variant, key)
+
+
+def perturbed_rank(shape: Shape, variant: Variant, token: int) -> tuple[Tensor, Tensor]:
+    """Positions of this rank's tokens whose output changes when ``token`` of the input does, and all its positions."""
+    case, mine = Case(shape), my_tokens(shape, variant)
+    before = run_method(case, build(shape, variant), mine, torch.float32)["y"]
+    case.x[:, token] += 1
+    after = run_method(case, build(shape, variant), mine, torch.float32)["y"]
+    return mine[(before != after).any(dim=-1).any(dim=0)], mine
+
+
+@pytest.mark.parametrize("token", [0, 21, 63])
+@pytest.mark.parametrize("variant", [("ulysses", 0, "none"), ("upipe", 4, "device"), ("ring", 0, "none")], ids=str)
+def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: int) -> None:
+    """To the bit: every output before the changed token stays, every one from it on moves."""
+    shape = SHAPES["kv2"]
+    ranks = run_ranks(perturbed_rank, 4, shape, variant, token)
+    changed = sorted(torch.cat([moved for moved, _ in ranks]).tolist())
+    assert sorted(torch.cat([mine for _, mine in ranks]).tolist()) == list(range(shape.length))
+    assert changed == list(range(token, shape.length))
+
+
+def test_errors_do_not_grow_with_the_ring() -> None:
+    shape = replace(SHAPES["gqa"], dim=128, head_dim=32, length=256)
+    case, variant = Case(shape).rounded(torch.bfloat16), ("ring", 0, "none")
+    truth = run_layer(case, torch.float64)
+    errors = {}
+    for degree in (1, 4):
+        ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, [variant])
+        got = gather([r[0] for r in ranks], zigzag=True)
+        errors[degree] = {key: relative_error(got[key], truth[key]) for key in truth}
+    for key in truth:
+        assert errors[4][key] < 1.5 * errors[1][key], (key, errors)
 
 
 # --- a wrong schedule must be noticed -------------------------------------------------------------------------------
@@ -146,7 +185,7 @@ def mutated_rank(shape: Shape, head_chunk: int, mutate: Any) -> dict[str, Tensor
     upipe = build(shape, ("upipe", head_chunk, "device"))
     assert isinstance(upipe, UPipe)
     upipe.schedule = mutate(upipe.schedule)
-    return run_method(Case(shape), upipe, dist.get_rank(), dist.get_world_size(), torch.float32)
+    return run_method(Case(shape), upipe, my_tokens(shape, ("upipe", head_chunk, "device")), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
 
 
 ULYSSES = {"context_parallel__method": "ulysses"}
+RING = {"context_parallel__method": "ring"}
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,12 @@ def assert_same(log: Log, reference: Log, loss: float = 1e-5, grad_norm: float =
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage"])
+@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage", "ring"])
 @pytest.mark.parametrize("model", MODELS)
 def test_logged_numbers_equal_one_rank(
     model: str, method: str, degree: int, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
 ) -> None:
-    options = {"ulysses": ULYSSES, "upipe": upipe(degree), "upipe_one_stage": upipe(0)}[method]
+    options = {"ulysses": ULYSSES, "upipe": upipe(degree), "upipe_one_stage": upipe(0), "ring": RING}[method]
     log = train(tmp_path, degree, *from_seed(seeds[model]), **MODELS[model], **options)
     assert_same(log, one_rank[model])
 
@@ -211,6 +212,7 @@ def test_resumed_run_repeats_the_unbroken_one(tmp_path: Path) -> None:
         pytest.param(2, upipe(2), id="other-chunk"),
         pytest.param(4, ULYSSES, id="other-method-and-degree"),
         pytest.param(1, upipe(1, "none"), id="one-rank"),
+        pytest.param(4, RING, id="ring"),
     ],
 )
 def test_checkpoint_continues_under_another_layout(

@@ -13,8 +13,11 @@ import torchtitan.config.job_config as titan
 class ContextParallel:
     """Section ``[context_parallel]``: how attention is spread over ``[parallelism] context_parallel_degree`` ranks."""
 
-    method: Literal["upipe", "ulysses"] = "upipe"
-    """"upipe" walks through the heads in chunks; "ulysses" handles all heads at once."""
+    method: Literal["upipe", "ulysses", "ring"] = "upipe"
+    """
+    "upipe" walks through the heads in chunks, "ulysses" handles all heads at once; both exchange sequence shards for
+    head shards. "ring" keeps the shards and passes keys and values around.
+    """
 
     head_chunk: int = 0
     """UPipe: query heads of the whole group per stage (U), a multiple of the degree. 0 = all heads in one stage."""
@@ -37,7 +40,10 @@ class Parallelism(titan.Parallelism):
     """TorchTitan's section with one other default."""
 
     context_parallel_load_balancer: str | None = None
-    """None: contiguous sequence shards, as Ulysses and UPipe need them (TorchTitan's default is "headtail")."""
+    """
+    None: what the method needs, contiguous shards for Ulysses and UPipe, "headtail" (zigzag) for ring. TorchTitan's
+    default is "headtail".
+    """
 
 
 @dataclass

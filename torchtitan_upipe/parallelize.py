@@ -66,6 +66,8 @@ class Parallelize:
         """
         model_args: Any = model.model_args
         validate_job(job_config, model_args, parallel_dims.world_size, device_type)
+        if job_config.context_parallel.method == "ring":  # the trainer shards by this field
+            job_config.parallelism.context_parallel_load_balancer = "headtail"
         self._attach(model, parallel_dims, job_config)
         if job_config.activation_checkpoint.mode == "full":
             job_config = _checkpoint_blocks(model, job_config)

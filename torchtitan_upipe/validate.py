@@ -92,22 +92,23 @@ def _check_counts(config: JobConfig, world_size: int) -> None:
 
 
 def _check_sequence(config: JobConfig) -> None:
-    degree = config.parallelism.context_parallel_degree
+    method, degree = config.context_parallel.method, config.parallelism.context_parallel_degree
+    divisor, what = degree, f"context_parallel_degree = {degree}"
+    if method == "ring":  # zigzag: two chunks a rank
+        divisor, what = 2 * degree, f"2 x context_parallel_degree = {2 * degree}"
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable:
         lengths["validation.seq_len"] = config.validation.seq_len
     for name, length in lengths.items():
-        if length < degree or length % degree:
-            near = max(length // degree, 1) * degree
-            raise ValueError(
-                f"{name} = {length} must be a multiple of context_parallel_degree = {degree}; "
-                f"nearest: {near} or {near + degree}."
-            )
+        if length < divisor or length % divisor:
+            near = max(length // divisor, 1) * divisor
+            raise ValueError(f"{name} = {length} must be a multiple of {what}; nearest: {near} or {near + divisor}.")
     balancer = config.parallelism.context_parallel_load_balancer
-    if degree > 1 and balancer is not None:
+    needed = "headtail" if method == "ring" else None
+    if degree > 1 and balancer not in (None, needed):
         raise ValueError(
-            f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = "
-            f"{config.context_parallel.method!r} needs contiguous shards; remove the field."
+            f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = {method!r} needs "
+            f"{'zigzag (headtail)' if needed else 'contiguous'} shards; remove the field."
         )
 
 
@@ -116,11 +117,13 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
     cp = config.context_parallel
     num_heads, num_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
     degree = config.parallelism.context_parallel_degree
-    if cp.method == "ulysses" and cp.head_chunk not in (0, num_heads):
+    if cp.method != "upipe" and cp.head_chunk not in (0, num_heads):
         raise ValueError(
-            f'head_chunk = {cp.head_chunk} has no meaning for method = "ulysses", which handles all {num_heads} heads '
-            'at once; remove it or set method = "upipe".'
+            f'head_chunk = {cp.head_chunk} has no meaning for method = "{cp.method}", which handles all {num_heads} '
+            'heads at once; remove it or set method = "upipe".'
         )
+    if cp.method == "ring":  # heads are not split
+        return
     check_head_chunk(num_heads, num_kv_heads, degree, cp.head_chunk or num_heads)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
+from torchtitan_upipe.cp.ring import Ring
 from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
@@ -22,7 +23,7 @@ def build_method(
     group: dist.ProcessGroup | None,
     kernel: AttentionKernel,
 ) -> ContextParallelMethod:
-    """Build ``"ulysses"`` or ``"upipe"`` for one layer with ``num_heads`` query and ``num_kv_heads`` KV heads.
+    """Build ``"ring"``, ``"ulysses"`` or ``"upipe"`` for one layer of ``num_heads`` query, ``num_kv_heads`` KV heads.
 
     Args:
         head_chunk: ``U``; 0 is the largest legal chunk, ``U = H``. UPipe only.
@@ -32,12 +33,14 @@ def build_method(
     Raises:
         ValueError: no such method, or no schedule for these numbers.
     """
-    exchange = HeadExchange(group)
     match method:
+        case "ring":
+            return Ring(RingExchange(group), kernel)
         case "ulysses":
-            return Ulysses(num_heads, num_kv_heads, exchange, kernel)
+            return Ulysses(num_heads, num_kv_heads, HeadExchange(group), kernel)
         case "upipe":
+            exchange = HeadExchange(group)
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
             return UPipe(schedule, exchange, kernel, keep_stash=stash == "device")
         case _:
-            raise ValueError(f'method = {method!r} is unknown; choose "upipe" or "ulysses".')
+            raise ValueError(f'method = {method!r} is unknown; choose "upipe", "ulysses" or "ring".')

@@ -1,4 +1,4 @@
-"""The exchange between sequence shards and head shards (Ulysses, arXiv 2309.14509, figure 2)."""
+"""What context parallelism sends: all-to-alls between sequence and head shards, and a ring."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What one :class:`HeadExchange` has sent: all-to-all calls, and bytes from this rank to other ranks."""
+    """What one exchange has sent: calls (all-to-alls, or hops of a ring), and bytes from this rank to other ranks."""
 
     calls: int = 0
     bytes: int = 0
 
 
 class HeadExchange:
-    """All-to-alls of one group. Tokens are sharded contiguously: rank ``r`` holds ``[r*N, (r+1)*N)``, ``N = S/C``.
+    """All-to-alls of one group (Ulysses, arXiv 2309.14509, figure 2).
+
+    Tokens are sharded contiguously: rank ``r`` holds ``[r*N, (r+1)*N)``, ``N = S/C``.
 
     Args:
         group: the group of ``C`` ranks; None for a single rank, which exchanges nothing.
@@ -85,6 +87,62 @@ class HeadExchange:
         dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group)
         self.traffic.calls += 1
         self.traffic.bytes += (send.numel() - send_sizes[self.rank]) * send.element_size()
+        return received
+
+
+class RingExchange:
+    """Passes tensors from each rank of a group to the next, while the caller computes.
+
+    Args:
+        group: the group of ``C`` ranks; None for a single rank, which passes nothing.
+        traffic: count into this one; by default a new one.
+
+    Attributes:
+        size: ``C``.
+        rank: this rank within the group.
+        traffic: running count of hops and bytes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic | None = None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.traffic = Traffic() if traffic is None else traffic
+        self._pending: tuple[list[dist.Work], tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Send ``tensors`` to the next rank and receive as many, of the same shapes, from the one before.
+
+        The tensors must not be written before :meth:`finish`.
+
+        Raises:
+            RuntimeError: the exchange before this one was not finished, or there is no group.
+        """
+        if self._pending is not None or self.group is None:
+            raise RuntimeError("a ring passes one set of tensors at a time, between at least two ranks")
+        after = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        before = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
+        sent = tuple(t.contiguous() for t in tensors)
+        received = tuple(torch.empty_like(t) for t in sent)
+        sends = [dist.P2POp(dist.isend, t, after, self.group) for t in sent]
+        receives = [dist.P2POp(dist.irecv, t, before, self.group) for t in received]
+        work = dist.batch_isend_irecv(sends + receives)
+        self._pending = (work, sent, received)
+        self.traffic.calls += 1
+        self.traffic.bytes += sum(t.numel() * t.element_size() for t in sent)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Wait for what :meth:`start` began; return the tensors of the rank before.
+
+        Raises:
+            RuntimeError: nothing was started.
+        """
+        if self._pending is None:
+            raise RuntimeError("nothing is under way in this ring")
+        work, _, received = self._pending
+        for item in work:
+            item.wait()
+        self._pending = None
         return received
 
 
