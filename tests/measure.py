@@ -68,7 +68,7 @@ def layer_errors() -> str:
 
 
 def _each(ranks: list[list[dict[str, torch.Tensor]]], which: list[Variant]) -> list[dict[str, torch.Tensor]]:
-    return [gather([r[i] for r in ranks], zigzag=which[i][0] == "ring") for i in range(len(which))]
+    return [gather([r[i] for r in ranks], ring_degree=which[i][3]) for i in range(len(which))]
 
 
 def losses() -> str:
@@ -96,9 +96,9 @@ def traffic() -> str:
     """All-to-alls and attention calls of one layer."""
     shape, rows = SHAPES["gqa"], []
     for ac in (False, True):
-        for variant in [("ulysses", 0, "none"), ("upipe", 4, "device"), ("upipe", 4, "none")]:
+        for variant in [("ulysses", 0, "none", 1), ("upipe", 4, "device", 1), ("upipe", 4, "none", 1)]:
             counts = run_ranks(traffic_rank, 4, shape, variant, ac)[0]
-            method, chunk, stash = variant
+            method, chunk, stash, _ = variant
             label = method if method == "ulysses" else f"upipe, U={chunk}, stash {stash}"
             calls, sent, forwards, backwards = (sum(pair) for pair in zip(*counts.values(), strict=True))
             rows.append((label, "full" if ac else "none", calls, sent, forwards, backwards))
@@ -125,12 +125,12 @@ def memory_rank(variant: Variant) -> float:
 
 def memory() -> str:
     """Peak live memory of one layer, forward and backward."""
-    cases: list[Variant] = [("ulysses", 0, "none")]
-    cases += [("upipe", chunk, stash) for chunk in (32, 16, 8) for stash in ("device", "none")]
+    cases: list[Variant] = [("ulysses", 0, "none", 1)]
+    cases += [("upipe", chunk, stash, 1) for chunk in (32, 16, 8) for stash in ("device", "none")]
     rows = []
     for variant in cases:
         results = run_ranks(memory_rank, 8, variant, timeout=600)
-        method, chunk, stash = variant
+        method, chunk, stash, _ = variant
         rows.append((method, chunk or 32, "-" if method == "ulysses" else stash, f"{max(results):.2f}"))
     return table(("method", "head chunk", "stash", "peak of forward + backward [u]"), rows)
 
@@ -141,9 +141,9 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 
 ## One layer against the unsharded float64 layer
 
-`||value - truth|| / ||truth||`, the worst of the output and every gradient over ring, Ulysses and UPipe with every
-legal head chunk, with and without stash. `tests/test_layer.py` asserts 1e-5 and, for the layers gqa, kv2 and wide, a
-bf16 ratio of 1.2 (d = 32, D = 128).
+`||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses and UPipe with every legal
+head chunk, with and without stash, and every split of C into ulysses x ring degree. `tests/test_layer.py` asserts 1e-5
+and, for the layers gqa, kv2 and wide, a bf16 ratio of 1.2 (d = 32, D = 128).
 {layer_errors}
 ## Ten training steps against one rank
 

@@ -96,14 +96,6 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def shard(length: int, rank: int, degree: int, zigzag: bool = False) -> Tensor:
-    """Positions of a rank's tokens: a contiguous block, or chunks ``r`` and ``2*C-1-r`` of ``2*C``."""
-    if not zigzag:
-        return torch.arange(length).chunk(degree)[rank]
-    chunks = torch.arange(length).chunk(2 * degree)
-    return torch.cat([chunks[rank], chunks[2 * degree - 1 - rank]])
-
-
 def run_method(
     case: Case, method: object, positions: Tensor, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Tensor]:

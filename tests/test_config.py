@@ -25,11 +25,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"training__seq_len": 2}, r"training.seq_len = 2 must be a multiple .* nearest: 4 or 8"),
         (
             {"training__seq_len": 252, "context_parallel__method": "ring"},
-            r"seq_len = 252 must be a multiple of 2 x context_parallel_degree = 8; nearest: 248 or 256",
+            r"seq_len = 252 must be a multiple of 8, which .* = 4 and 2 x ring_degree = 8 divide; nearest: 248 or 256",
         ),
         (
             {"context_parallel__method": "ring", "parallelism__context_parallel_load_balancer": "ptrr"},
-            r"'ptrr' permutes the sequence, but method = 'ring' needs zigzag",
+            r"'ptrr' permutes the sequence, but method = 'ring' with ring_degree = 4 shards it",
         ),
         (
             {"context_parallel__method": "ring", "context_parallel__head_chunk": 4},
@@ -72,7 +72,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__head_chunks": 4},
             r"unknown field context_parallel.head_chunks; .*context_parallel.head_chunk\.$",
         ),
-        ({"context_parallel__ring_degree": 2}, r"context_parallel.ring_degree: hybrid .* is not available yet"),
+        ({"context_parallel__ring_degree": 3}, r"ring_degree = 3 must divide context_parallel_degree = 4"),
+        (
+            {"context_parallel__ring_degree": 2, "context_parallel__method": "ring"},
+            r"method = \"ring\" leave it out",
+        ),
+        ({"context_parallel__query_tiles": 2}, r"context_parallel.query_tiles: query tiles are not available yet"),
         ({"activation_checkpoint__offload": "True"}, r"activation_checkpoint.offload: .* not available yet"),
     ],
 )

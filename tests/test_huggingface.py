@@ -63,11 +63,9 @@ def qwen() -> PreTrainedModel:
 
 
 def logits_rank(args: list[str], tokens: Tensor) -> Tensor:
-    import torchtitan.train
+    from torchtitan_upipe.train import Trainer, read_job
 
-    from torchtitan_upipe.train import read_job
-
-    trainer = torchtitan.train.Trainer(read_job(args))
+    trainer = Trainer(read_job(args))
     assert trainer.checkpointer.load()
     inputs, _, extra, kwargs = trainer.post_dataloading_process({"input": tokens}, tokens.clone())
     with torch.no_grad():

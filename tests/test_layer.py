@@ -11,19 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
-from tests.reference import Case, Shape, relative_error, run_layer, run_method, shard
+from tests.reference import Case, Shape, relative_error, run_layer, run_method
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import Traffic
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.stash import Stash
 
-Variant = tuple[str, int, str]  # method, head chunk, stash
+Variant = tuple[str, int, str, int]  # method, head chunk, stash, ring degree
 
 SHAPES = {
     "mha": Shape(8, 8, batch=2),
@@ -37,26 +39,41 @@ SHAPES = {
 
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
-    chunks = range(degree, shape.heads + 1, degree)
-    upipe = [("upipe", u, stash) for u in chunks for stash in ("none", "device")]
-    return [("ulysses", 0, "none"), ("ring", 0, "none"), *upipe]
+    """Every method, legal head chunk, stash and split of ``degree`` into ulysses x ring."""
+    which: list[Variant] = []
+    for ring in [r for r in (1, 2, 4) if degree % r == 0]:
+        ulysses = degree // ring
+        which.append(("ulysses", 0, "none", ring))
+        which += [("upipe", u, s, ring) for u in range(ulysses, shape.heads + 1, ulysses) for s in ("none", "device")]
+    return which
 
 
 def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
-    method, head_chunk, stash = variant
+    method, head_chunk, stash, ring_degree = variant
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    ulysses_group = ring_group = None
+    if ring_degree == world > 1:
+        ring_group = dist.group.WORLD
+    elif ring_degree > 1:
+        grid = init_device_mesh("cpu", (ring_degree, world // ring_degree), mesh_dim_names=("ring", "ulysses"))
+        ulysses_group, ring_group = grid.get_group("ulysses"), grid.get_group("ring")
+    elif world > 1:
+        ulysses_group = dist.group.WORLD
     return build_method(
         method,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_chunk=head_chunk,
         stash=stash,
-        group=dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None,
+        ulysses_group=ulysses_group,
+        ring_group=ring_group,
         kernel=build_kernel("sdpa", device),
     )
 
 
 def my_tokens(shape: Shape, variant: Variant) -> Tensor:
-    return shard(shape.length, dist.get_rank(), dist.get_world_size(), zigzag=variant[0] == "ring")
+    world, ring = dist.get_world_size(), variant[3]
+    return shard_positions(shape.length, dist.get_rank(), world // ring, ring)
 
 
 def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant]) -> list[dict[str, Tensor]]:
@@ -64,10 +81,11 @@ def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant]) -> list[d
     return [run_method(case, build(shape, variant), my_tokens(shape, variant), dtype) for variant in which]
 
 
-def gather(ranks: list[dict[str, Tensor]], zigzag: bool = False) -> dict[str, Tensor]:
+def gather(ranks: list[dict[str, Tensor]], ring_degree: int = 1) -> dict[str, Tensor]:
     """Outputs and ``dx`` in the order of the sequence; weight gradients summed, as FSDP would."""
     length, degree = sum(r["y"].shape[1] for r in ranks), len(ranks)
-    order = torch.cat([shard(length, rank, degree, zigzag) for rank in range(degree)]).argsort()
+    layout = degree // ring_degree, ring_degree
+    order = torch.cat([shard_positions(length, rank, *layout) for rank in range(degree)]).argsort()
     return {
         name: torch.cat([r[name] for r in ranks], dim=1)[:, order]
         if name in ("y", "x")
@@ -84,7 +102,7 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int) -> 
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
     for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks], zigzag=variant[0] == "ring")
+        got = gather([r[i] for r in ranks], ring_degree=variant[3])
         assert got.keys() == truth.keys()
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
@@ -99,7 +117,7 @@ def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: 
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which)
     for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks], zigzag=variant[0] == "ring")
+        got = gather([r[i] for r in ranks], ring_degree=variant[3])
         ratios = {key: relative_error(got[key], truth[key]) / relative_error(plain[key], truth[key]) for key in truth}
         assert max(ratios.values()) < 1.2, (variant, ratios)
 
@@ -108,7 +126,7 @@ def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: 
 @pytest.mark.parametrize("name", ["gqa", "kv2", "ragged"])
 def test_one_stage_is_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
-    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none"), ("upipe", shape.heads, "device")])
+    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none", 1), ("upipe", shape.heads, "device", 1)])
     for ulysses, upipe in ranks:
         assert torch.equal(ulysses["y"], upipe["y"])
 
@@ -121,7 +139,7 @@ def test_bfloat16_on_one_gpu(name: str) -> None:
     case = Case(shape).rounded(torch.bfloat16)
     truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16, "cuda")
     for variant in variants(shape, 1):
-        got = run_method(case, build(shape, variant, "cuda"), shard(shape.length, 0, 1), torch.bfloat16, "cuda")
+        got = run_method(case, build(shape, variant, "cuda"), torch.arange(shape.length), torch.bfloat16, "cuda")
         for key in truth:
             error = relative_error(got[key].cpu(), truth[key])
             assert error < 1.2 * relative_error(plain[key].cpu(), truth[key]), (variant, key)
@@ -137,7 +155,17 @@ def perturbed_rank(shape: Shape, variant: Variant, token: int) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("token", [0, 21, 63])
-@pytest.mark.parametrize("variant", [("ulysses", 0, "none"), ("upipe", 4, "device"), ("ring", 0, "none")], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("ulysses", 0, "none", 1),
+        ("upipe", 4, "device", 1),
+        ("ring", 0, "none", 4),
+        ("ulysses", 0, "none", 2),
+        ("upipe", 4, "device", 2),
+    ],
+    ids=["ulysses", "upipe", "ring", "hybrid-ulysses", "hybrid-upipe"],
+)
 def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: int) -> None:
     """To the bit: every output before the changed token stays, every one from it on moves."""
     shape = SHAPES["kv2"]
@@ -149,12 +177,12 @@ def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: in
 
 def test_errors_do_not_grow_with_the_ring() -> None:
     shape = replace(SHAPES["gqa"], dim=128, head_dim=32, length=256)
-    case, variant = Case(shape).rounded(torch.bfloat16), ("ring", 0, "none")
+    case = Case(shape).rounded(torch.bfloat16)
     truth = run_layer(case, torch.float64)
     errors = {}
     for degree in (1, 4):
-        ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, [variant])
-        got = gather([r[0] for r in ranks], zigzag=True)
+        ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, [("ring", 0, "none", degree)])
+        got = gather([r[0] for r in ranks], ring_degree=degree)
         errors[degree] = {key: relative_error(got[key], truth[key]) for key in truth}
     for key in truth:
         assert errors[4][key] < 1.5 * errors[1][key], (key, errors)
@@ -182,10 +210,10 @@ def use_the_other_kv_head(schedule: HeadSchedule) -> HeadSchedule:
 
 
 def mutated_rank(shape: Shape, head_chunk: int, mutate: Any) -> dict[str, Tensor]:
-    upipe = build(shape, ("upipe", head_chunk, "device"))
+    upipe = build(shape, ("upipe", head_chunk, "device", 1))
     assert isinstance(upipe, UPipe)
     upipe.schedule = mutate(upipe.schedule)
-    return run_method(Case(shape), upipe, my_tokens(shape, ("upipe", head_chunk, "device")), torch.float32)
+    return run_method(Case(shape), upipe, my_tokens(shape, ("upipe", head_chunk, "device", 1)), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +289,7 @@ def test_all_to_alls_and_attention_calls_of_one_layer(name: str, checkpointed: b
     shape, degree = TRAFFIC_SHAPES[name], 4
     counts = {
         variant: run_ranks(traffic_rank, degree, shape, variant, checkpointed)[0]
-        for variant in [("ulysses", 0, "none"), ("upipe", 4, "device"), ("upipe", 4, "none")]
+        for variant in [("ulysses", 0, "none", 1), ("upipe", 4, "device", 1), ("upipe", 4, "none", 1)]
     }
     ulysses, stashed, bare = counts.values()
 

@@ -27,6 +27,7 @@ def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
 
 ULYSSES = {"context_parallel__method": "ulysses"}
 RING = {"context_parallel__method": "ring"}
+HYBRID = {"context_parallel__ring_degree": 2}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,30 @@ def assert_same(log: Log, reference: Log, loss: float = 1e-5, grad_norm: float =
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage", "ring"])
+@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage", "ring", "hybrid_ulysses", "hybrid_upipe"])
 @pytest.mark.parametrize("model", MODELS)
 def test_logged_numbers_equal_one_rank(
     model: str, method: str, degree: int, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
 ) -> None:
-    options = {"ulysses": ULYSSES, "upipe": upipe(degree), "upipe_one_stage": upipe(0), "ring": RING}[method]
+    options = {
+        "ulysses": ULYSSES,
+        "upipe": upipe(degree),
+        "upipe_one_stage": upipe(0),
+        "ring": RING,
+        "hybrid_ulysses": ULYSSES | HYBRID,
+        "hybrid_upipe": upipe(4) | HYBRID,
+    }[method]
     log = train(tmp_path, degree, *from_seed(seeds[model]), **MODELS[model], **options)
     assert_same(log, one_rank[model])
+
+
+def test_hybrid_beside_data_parallelism(
+    seeds: dict[str, Path], documents: dict[str, object], two_documents: Log, tmp_path: Path
+) -> None:
+    """Two replicas of 2 x 2 ranks: the groups of each replica are its own."""
+    degrees = {"parallelism__context_parallel_degree": 4, "parallelism__data_parallel_replicate_degree": 2}
+    options = {**LLAMA, **upipe(4), **HYBRID, **documents, **degrees}
+    assert_same(train(tmp_path, 8, *from_seed(seeds["llama3"]), **options), two_documents)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +90,11 @@ def test_activation_checkpointing(
 
 def traffic_of_one_step(args: list[str]) -> list[tuple[int, int]]:
     """All-to-all calls and bytes of every layer in one training step."""
-    import torchtitan.train
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-    from torchtitan_upipe.train import read_job
+    from torchtitan_upipe.train import Trainer, read_job
 
-    trainer = torchtitan.train.Trainer(read_job(args))
+    trainer = Trainer(read_job(args))
     trainer.train()
     trainer.close()
     blocks = list(trainer.model_parts[0].layers.values())
@@ -213,6 +229,7 @@ def test_resumed_run_repeats_the_unbroken_one(tmp_path: Path) -> None:
         pytest.param(4, ULYSSES, id="other-method-and-degree"),
         pytest.param(1, upipe(1, "none"), id="one-rank"),
         pytest.param(4, RING, id="ring"),
+        pytest.param(4, upipe(4) | HYBRID, id="hybrid"),
     ],
 )
 def test_checkpoint_continues_under_another_layout(
@@ -256,12 +273,13 @@ def test_validation_loss_equals_one_rank(seeds: dict[str, Path], tmp_path: Path)
         "validation__freq": 2,
     }
     logs = [
-        train(tmp_path / str(world), world, *from_seed(seeds["llama3"]), "--validation.enable", **options, **upipe(0))
-        for world in (1, 2)
+        train(tmp_path / str(world), world, *from_seed(seeds["llama3"]), "--validation.enable", **options, **method)
+        for world, method in ((1, upipe(0)), (2, upipe(0)), (4, upipe(4) | HYBRID))
     ]
     assert len(logs[0].validation) == 2
     assert 5 < logs[0].validation[0] < 10
-    assert logs[1].validation == pytest.approx(logs[0].validation, rel=1e-5)
+    for log in logs[1:]:
+        assert log.validation == pytest.approx(logs[0].validation, rel=1e-5)
 
 
 def test_tied_weights(tmp_path: Path) -> None:

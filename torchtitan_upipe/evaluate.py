@@ -16,6 +16,8 @@ from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
+from torchtitan_upipe.data.sharding import shard_batch
+
 
 class ContextParallelValidator(Validator):
     """TorchTitan's validator with its own loop; data, sharding and logging are inherited."""
@@ -46,9 +48,9 @@ class ContextParallelValidator(Validator):
         if self.parallel_dims.dp_enabled:
             tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
         inputs = {name: t.to(device_type) for name, t in input_dict.items()}
-        local, local_labels, extra, kwargs = self.post_dataloading_process(inputs, labels, [model])
+        local, local_labels, kwargs = shard_batch(inputs["input"], labels, self.parallel_dims, self.job_config)
         with self.validation_context(), self.maybe_enable_amp:
-            return self.loss_fn(model(local, **extra, **kwargs), local_labels) / tokens
+            return self.loss_fn(model(local, **kwargs), local_labels) / tokens
 
 
 def build_validator(**kwargs: Any) -> BaseValidator:

@@ -22,6 +22,12 @@ class ContextParallel:
     head_chunk: int = 0
     """UPipe: query heads of the whole group per stage (U), a multiple of the degree. 0 = all heads in one stage."""
 
+    ring_degree: int = 1
+    """
+    More than 1: hybrid (USP). The context-parallel degree is ulysses_degree x ring_degree: all-to-alls among
+    neighbouring ranks, a ring across. For "ulysses" and "upipe"; "ring" always takes all ranks.
+    """
+
     attention_kernel: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "reference"] = "auto"
     """
     "sdpa" is PyTorch's own flash operator (CPU and CUDA); "cudnn", "flash2" (flash-attn) and "flash3" run on CUDA;
@@ -41,7 +47,7 @@ class Parallelism(titan.Parallelism):
 
     context_parallel_load_balancer: str | None = None
     """
-    None: what the method needs, contiguous shards for Ulysses and UPipe, "headtail" (zigzag) for ring. TorchTitan's
+    None: what the method needs, contiguous shards for Ulysses and UPipe, zigzag ("headtail") for ring. TorchTitan's
     default is "headtail".
     """
 

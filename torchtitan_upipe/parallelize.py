@@ -21,11 +21,12 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.data.sharding import degrees
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
-from torchtitan_upipe.validate import validate_job
+from torchtitan_upipe.validate import load_balancer, validate_job
 
 
 class AttachedDims:
@@ -66,8 +67,8 @@ class Parallelize:
         """
         model_args: Any = model.model_args
         validate_job(job_config, model_args, parallel_dims.world_size, device_type)
-        if job_config.context_parallel.method == "ring":  # the trainer shards by this field
-            job_config.parallelism.context_parallel_load_balancer = "headtail"
+        cp = job_config.context_parallel  # the stock trainer shards by the field set here
+        job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
         self._attach(model, parallel_dims, job_config)
         if job_config.activation_checkpoint.mode == "full":
             job_config = _checkpoint_blocks(model, job_config)
@@ -79,7 +80,7 @@ class Parallelize:
 
     def _attach(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
         cp = job_config.context_parallel
-        mesh = parallel_dims.get_optional_mesh("cp")
+        ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
         kernel = build_kernel(cp.attention_kernel, device_type)
         blocks: Any = model.layers
         for block in blocks.values():
@@ -89,14 +90,31 @@ class Parallelize:
                 num_kv_heads=block.attention.n_kv_heads,
                 head_chunk=cp.head_chunk,
                 stash=cp.stash,
-                group=None if mesh is None else mesh.get_group(),
+                ulysses_group=ulysses_group,
+                ring_group=ring_group,
                 kernel=kernel,
             )
             block.attention = ContextParallelAttention(block.attention, method, self.rope_from_table)
         logger.info(
             f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "
-            f"attention kernel {kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
+            f"attention kernel {method.kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
         )
+
+
+def _groups(
+    parallel_dims: ParallelDims, ulysses_degree: int, ring_degree: int
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The groups of the all-to-alls (neighbouring ranks) and of the ring (across), None where there is one rank."""
+    mesh = parallel_dims.get_optional_mesh("cp")
+    if mesh is None:
+        return None, None
+    if ring_degree == 1:
+        return mesh.get_group(), None
+    if ulysses_degree == 1:
+        return None, mesh.get_group()
+    batch = parallel_dims.world_size // parallel_dims.cp
+    grid = parallel_dims.world_mesh._unflatten(0, (batch, ring_degree, ulysses_degree), ("batch", "ring", "ulysses"))
+    return grid["ulysses"].get_group(), grid["ring"].get_group()
 
 
 def _describe(upipe: UPipe) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torchtitan_upipe.device import enable_cpu
 
@@ -19,14 +20,27 @@ enable_cpu()  # before any torchtitan import: see device.py
 
 import torch.distributed as dist  # noqa: E402
 import torchtitan.train  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import device_type  # noqa: E402
 
 from torchtitan_upipe.config import load_config  # noqa: E402
+from torchtitan_upipe.data.sharding import shard_batch  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
+
+
+class Trainer(torchtitan.train.Trainer):
+    """TorchTitan's trainer, sharding by the method's own layout; hybrids need one that TorchTitan does not have."""
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
+        """``input_dict["input"]`` and ``labels``, both ``[B, S]``, to this rank's ``[B, N]``."""
+        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config)
+        return inputs, labels, {}, kwargs
 
 
 def read_job(args: Sequence[str]) -> JobConfig:
@@ -53,7 +67,7 @@ def read_job(args: Sequence[str]) -> JobConfig:
 
 def run_job(config: JobConfig) -> None:
     """Train as ``config`` says, or write a seed checkpoint."""
-    trainer = torchtitan.train.Trainer(config)
+    trainer = Trainer(config)
     try:
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)

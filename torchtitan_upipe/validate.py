@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols import BaseModelArgs
 
 from torchtitan_upipe.cp.head_schedule import check_head_chunk
+from torchtitan_upipe.data.sharding import degrees
 from torchtitan_upipe.data.text import check_dataset
 from torchtitan_upipe.kernels.select import check_kernel
 
@@ -92,10 +94,17 @@ def _check_counts(config: JobConfig, world_size: int) -> None:
 
 
 def _check_sequence(config: JobConfig) -> None:
-    method, degree = config.context_parallel.method, config.parallelism.context_parallel_degree
+    cp, degree = config.context_parallel, config.parallelism.context_parallel_degree
+    if cp.ring_degree < 1 or degree % cp.ring_degree or (cp.method == "ring" and cp.ring_degree not in (1, degree)):
+        raise ValueError(
+            f"ring_degree = {cp.ring_degree} must divide context_parallel_degree = {degree}; "
+            'with method = "ring" leave it out, since all ranks are in the ring.'
+        )
+    _, ring_degree = degrees(cp.method, degree, cp.ring_degree)
     divisor, what = degree, f"context_parallel_degree = {degree}"
-    if method == "ring":  # zigzag: two chunks a rank
-        divisor, what = 2 * degree, f"2 x context_parallel_degree = {2 * degree}"
+    if ring_degree > 1:  # zigzag: two chunks for each rank of the ring
+        divisor = math.lcm(degree, 2 * ring_degree)
+        what = f"{divisor}, which context_parallel_degree = {degree} and 2 x ring_degree = {2 * ring_degree} divide"
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable:
         lengths["validation.seq_len"] = config.validation.seq_len
@@ -104,12 +113,18 @@ def _check_sequence(config: JobConfig) -> None:
             near = max(length // divisor, 1) * divisor
             raise ValueError(f"{name} = {length} must be a multiple of {what}; nearest: {near} or {near + divisor}.")
     balancer = config.parallelism.context_parallel_load_balancer
-    needed = "headtail" if method == "ring" else None
-    if degree > 1 and balancer not in (None, needed):
+    if degree > 1 and balancer not in (None, load_balancer(cp.method, cp.ring_degree)):
         raise ValueError(
-            f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = {method!r} needs "
-            f"{'zigzag (headtail)' if needed else 'contiguous'} shards; remove the field."
+            f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = {cp.method!r} with "
+            f"ring_degree = {ring_degree} shards it in its own way; remove the field."
         )
+
+
+def load_balancer(method: str, ring_degree: int) -> str | None:
+    """What TorchTitan's trainer must be told of sharding: its name for it, or one that it refuses."""
+    if method == "ring":
+        return "headtail"
+    return "hybrid" if ring_degree > 1 else None  # only this plugin's trainer shards for a hybrid
 
 
 def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
@@ -122,9 +137,8 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
             f'head_chunk = {cp.head_chunk} has no meaning for method = "{cp.method}", which handles all {num_heads} '
             'heads at once; remove it or set method = "upipe".'
         )
-    if cp.method == "ring":  # heads are not split
-        return
-    check_head_chunk(num_heads, num_kv_heads, degree, cp.head_chunk or num_heads)
+    ulysses_degree, _ = degrees(cp.method, degree, cp.ring_degree)
+    check_head_chunk(num_heads, num_kv_heads, ulysses_degree, cp.head_chunk or num_heads)
 
 
 def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
-from torchtitan_upipe.cp.ring import Ring
+from torchtitan_upipe.cp.ring import RingKernel
 from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
@@ -20,26 +20,32 @@ def build_method(
     num_kv_heads: int,
     head_chunk: int,
     stash: str,
-    group: dist.ProcessGroup | None,
+    ulysses_group: dist.ProcessGroup | None,
+    ring_group: dist.ProcessGroup | None,
     kernel: AttentionKernel,
 ) -> ContextParallelMethod:
-    """Build ``"ring"``, ``"ulysses"`` or ``"upipe"`` for one layer of ``num_heads`` query, ``num_kv_heads`` KV heads.
+    """Build the method of one layer with ``num_heads`` query and ``num_kv_heads`` KV heads.
+
+    Pure ring is the layer with all heads at once whose all-to-all has one rank and whose kernel is a ring; a hybrid has
+    both.
 
     Args:
+        method: ``"ulysses"`` or ``"ring"`` (all heads at once), or ``"upipe"``.
         head_chunk: ``U``; 0 is the largest legal chunk, ``U = H``. UPipe only.
         stash: ``"none"`` or ``"device"``. UPipe only.
-        group: the context-parallel group, or None for one rank.
+        ulysses_group: the group of the all-to-alls, or None for one rank.
+        ring_group: the group of the ring, or None for one rank.
 
     Raises:
         ValueError: no such method, or no schedule for these numbers.
     """
+    exchange = HeadExchange(ulysses_group)
+    if ring_group is not None:
+        kernel = RingKernel(RingExchange(ring_group), kernel)
     match method:
-        case "ring":
-            return Ring(RingExchange(group), kernel)
-        case "ulysses":
-            return Ulysses(num_heads, num_kv_heads, HeadExchange(group), kernel)
+        case "ulysses" | "ring":
+            return Ulysses(num_heads, num_kv_heads, exchange, kernel)
         case "upipe":
-            exchange = HeadExchange(group)
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
             return UPipe(schedule, exchange, kernel, keep_stash=stash == "device")
         case _:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_upipe.cp.head_schedule import HeadPlacement
+from torchtitan_upipe.kernels.contract import AttentionKernel
 
 
 class HeadTransform(Protocol):
@@ -47,6 +48,8 @@ class AttentionWeights:
 
 class ContextParallelMethod(Protocol):
     """A context-parallel method: the whole attention layer of one rank's tokens, projections included."""
+
+    kernel: AttentionKernel
 
     def __call__(self, x: Tensor, weights: AttentionWeights, transform: HeadTransform, head_dim: int) -> Tensor:
         """Attention layer (DESIGN: one attention layer, stage by stage).
