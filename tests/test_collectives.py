@@ -8,7 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import RankError, run_ranks
-from torchtitan_upipe.cp.collectives import HeadExchange, differentiable_to_heads, differentiable_to_sequence
+from torchtitan_upipe.cp.collectives import (
+    HeadExchange,
+    RingExchange,
+    differentiable_to_heads,
+    differentiable_to_sequence,
+)
 
 BATCH, TOKENS, WIDTH = 2, 3, 2
 
@@ -68,6 +73,37 @@ def test_one_rank_exchanges_nothing() -> None:
     assert exchange.to_heads([heads]) is heads
     assert exchange.to_sequence(heads, [2])[0] is heads
     assert exchange.traffic.calls == exchange.traffic.bytes == 0
+
+
+def ring_rank() -> tuple[list[float], int, int]:
+    """Pass this rank's number on until it has come round; two rings share the group, as in attention's backward."""
+    ring = RingExchange(dist.group.WORLD)
+    other = RingExchange(dist.group.WORLD, ring.traffic)
+    passing, seen = (torch.full((2, 3), float(ring.rank)), torch.full((4,), 100.0 + ring.rank)), []
+    for _ in range(ring.size):
+        ring.start(passing)
+        other.start([torch.full((5,), -1.0 - ring.rank)])
+        passing = ring.finish()
+        (backwards,) = other.finish()
+        assert torch.equal(backwards, torch.full((5,), -1.0 - (ring.rank - 1) % ring.size))
+        assert torch.equal(passing[1], torch.full((4,), 100.0) + passing[0][0, 0])
+        seen.append(float(passing[0][0, 0]))
+    return seen, ring.traffic.calls, ring.traffic.bytes
+
+
+def test_a_ring_brings_every_rank_past_every_other() -> None:
+    for rank, (seen, calls, traffic) in enumerate(run_ranks(ring_rank, 4)):
+        assert seen == [(rank - 1 - hop) % 4 for hop in range(4)]
+        assert calls == 8
+        assert traffic == 4 * (6 + 4 + 5) * 4
+
+
+def test_a_ring_passes_one_set_at_a_time() -> None:
+    ring = RingExchange(None)
+    with pytest.raises(RuntimeError, match="nothing is under way"):
+        ring.finish()
+    with pytest.raises(RuntimeError, match="between at least two ranks"):
+        ring.start([torch.zeros(1)])
 
 
 def failing_rank() -> None:

@@ -4,7 +4,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.data.text import check_dataset, load_local, load_stdlib, register_datasets
 
 
@@ -49,3 +53,17 @@ def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     register_datasets()
     with pytest.raises(ValueError, match=r"holds no \.txt, \.jsonl, \.parquet file"):
         check_dataset("training", "local", str(tmp_path))
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
+def test_every_token_is_on_one_rank_and_gathers_in_order(ulysses: int, ring: int, scale: int) -> None:
+    length = 2 * ulysses * ring * scale
+    shards = [shard_positions(length, rank, ulysses, ring) for rank in range(ulysses * ring)]
+    assert {len(shard) for shard in shards} == {length // (ulysses * ring)}
+    assert torch.cat(shards).sort().values.tolist() == list(range(length))
+    work = set()
+    for index in range(ring):
+        gathered = torch.cat(shards[index * ulysses : (index + 1) * ulysses])
+        assert (gathered.diff() > 0).all()  # side by side after the all-to-all: a causal mask is right
+        work.add(int((gathered + 1).sum()))
+    assert len(work) == 1  # the causal mask gives every ring rank equally many keys to see

@@ -307,3 +307,23 @@ def test_dry_run_with_a_fake_backend(tmp_path: Path) -> None:
     options = {**LLAMA, **upipe(8), "comm__mode": "fake_backend", "training__steps": 2}
     args = job_args(tmp_path, 8, **options)
     assert run_ranks(fake_backend_rank, 1, args, init=False) == [0]
+
+
+def stock_trainer_rank(args: list[str]) -> str:
+    import torch
+    import torchtitan.train
+
+    from torchtitan_upipe.train import read_job
+
+    trainer = torchtitan.train.Trainer(read_job(args))
+    tokens = torch.zeros(1, 256, dtype=torch.long)
+    with pytest.raises(ValueError, match="load_balancer_type") as caught:
+        trainer.post_dataloading_process({"input": tokens}, tokens)
+    trainer.close()
+    return str(caught.value)
+
+
+def test_the_stock_trainer_refuses_a_hybrid(tmp_path: Path) -> None:
+    """It would shard contiguously, which a hybrid must not be given."""
+    args = job_args(tmp_path, 4, **LLAMA, **upipe(4), **HYBRID)
+    assert all("'hybrid'" in message for message in run_ranks(stock_trainer_rank, 4, args, init=False))
