@@ -20,7 +20,7 @@ from torchtitan_upipe.data.sharding import shard_batch
 
 
 class ContextParallelValidator(Validator):
-    """TorchTitan's validator with its own loop; data, sharding and logging are inherited."""
+    """TorchTitan's validator with its own loop, sharding as in training; data and logging are inherited."""
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -47,8 +47,8 @@ class ContextParallelValidator(Validator):
         tokens: float | Tensor = (labels != IGNORE_INDEX).sum()
         if self.parallel_dims.dp_enabled:
             tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
-        inputs = {name: t.to(device_type) for name, t in input_dict.items()}
-        local, local_labels, kwargs = shard_batch(inputs["input"], labels, self.parallel_dims, self.job_config)
+        inputs = input_dict["input"].to(device_type)
+        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config)
         with self.validation_context(), self.maybe_enable_amp:
             return self.loss_fn(model(local, **kwargs), local_labels) / tokens
 

@@ -21,12 +21,12 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.data.sharding import degrees
+from torchtitan_upipe.data.sharding import degrees, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
-from torchtitan_upipe.validate import load_balancer, validate_job
+from torchtitan_upipe.validate import validate_job
 
 
 class AttachedDims:

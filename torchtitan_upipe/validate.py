@@ -10,7 +10,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols import BaseModelArgs
 
 from torchtitan_upipe.cp.head_schedule import check_head_chunk
-from torchtitan_upipe.data.sharding import degrees
+from torchtitan_upipe.data.sharding import degrees, load_balancer
 from torchtitan_upipe.data.text import check_dataset
 from torchtitan_upipe.kernels.select import check_kernel
 
@@ -34,25 +34,21 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_unsupported(config, model_args)
     _check_device(config, device_type)
     _check_files(config)
-    check_kernel(
-        config.context_parallel.attention_kernel,
-        device_type,
-        TORCH_DTYPE_MAP[_attention_dtype(config, device_type)],
-    )
+    check_kernel(config.context_parallel.attention_kernel, device_type, TORCH_DTYPE_MAP[_attention_dtype(config)])
 
 
-def _attention_dtype(config: JobConfig, device_type: str) -> str:
+def _attention_dtype(config: JobConfig) -> str:
     training = config.training
     return "bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
     p = config.parallelism
-    degrees = {
+    at_least_one = {
         "context_parallel_degree": p.context_parallel_degree,
         "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
     }
-    for name, degree in degrees.items():
+    for name, degree in at_least_one.items():
         if degree < 1:
             raise ValueError(f"{name} = {degree} must be at least 1.")
     used = p.context_parallel_degree * p.data_parallel_replicate_degree
@@ -118,13 +114,6 @@ def _check_sequence(config: JobConfig) -> None:
             f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = {cp.method!r} with "
             f"ring_degree = {ring_degree} shards it in its own way; remove the field."
         )
-
-
-def load_balancer(method: str, ring_degree: int) -> str | None:
-    """What TorchTitan's trainer must be told of sharding: its name for it, or one that it refuses."""
-    if method == "ring":
-        return "headtail"
-    return "hybrid" if ring_degree > 1 else None  # only this plugin's trainer shards for a hybrid
 
 
 def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:

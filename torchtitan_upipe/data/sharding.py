@@ -39,6 +39,13 @@ def degrees(method: str, degree: int, ring_degree: int) -> tuple[int, int]:
     return (1, degree) if method == "ring" else (degree // ring_degree, ring_degree)
 
 
+def load_balancer(method: str, ring_degree: int) -> str | None:
+    """What TorchTitan's trainer must be told of sharding: its name for it, or one that it refuses."""
+    if method == "ring":
+        return "headtail"
+    return "hybrid" if ring_degree > 1 else None  # only this plugin's trainer shards for a hybrid
+
+
 def shard_batch(
     inputs: Tensor, labels: Tensor, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
