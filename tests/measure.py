@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from tests.jobs import from_seed, seed_checkpoint, train
-from tests.live_bytes import LiveBytes
 from tests.ranks import run_ranks
 from tests.reference import Case, Shape, relative_error, run_layer
 from tests.test_layer import SHAPES, Variant, build, gather, layer_rank, traffic_rank, variants
 from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.memory.live_bytes import LiveBytes
 
 # Llama3-8B's heads (32 query, 8 KV, C = 8) at a sixteenth of its width; N = 2048 tokens a rank keep weights small.
 MEMORY_SHAPE = Shape(32, 8, head_dim=8, dim=256, length=16384)
