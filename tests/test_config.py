@@ -40,7 +40,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             {"context_parallel__method": "ring", "parallelism__context_parallel_load_balancer": "ptrr"},
-            r"'ptrr' permutes the sequence, but method = 'ring' with ring_degree = 4 shards it",
+            r"'ptrr' permutes the sequence, but method = 'ring' with ring_degree = 1 shards it",
         ),
         (
             {"context_parallel__method": "ring", "context_parallel__head_chunk": 4},

@@ -77,7 +77,7 @@ def test_logged_numbers_equal_one_rank(
 @pytest.mark.parametrize("degree", [3, 4])
 def test_heads_that_the_ranks_do_not_divide(degree: int, tmp_path: Path) -> None:
     """14 query and 2 KV heads, as Qwen2.5-7B's 28 and 4 on 6 or 8 ranks; 256 tokens on 3 ranks are padded."""
-    options = {"model__name": "llama3_upipe", "model__flavor": "debug_heads14"}
+    options = {"model__name": "llama3_upipe", "model__flavor": "debug_heads14", "training__steps": 6}
     seed = seed_checkpoint(tmp_path / "seed", **options)
     one = train(tmp_path / "one", 1, *from_seed(seed), **options, **ULYSSES)
     for method in ("ulysses", "upipe"):
