@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ class PackedKernel(ReferenceKernel):
 
 def _stretches(batch: int, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> list[tuple[slice, slice]]:
     ends = [offsets(lengths, batch, torch.device("cpu")).cumulative.tolist() for lengths in (q_lengths, k_lengths)]
-    rows, keys = ([slice(a, b) for a, b in zip(e, e[1:], strict=False)] for e in ends)
+    rows, keys = ([slice(a, b) for a, b in pairwise(e)] for e in ends)
     return list(zip(rows, keys, strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +21,7 @@ Pair = tuple[int, int]  # (query row, key row)
 def intervals(draw: st.DrawFn, length: int = LENGTH) -> tuple[Interval, ...]:
     """Disjoint and rising; some touch."""
     edges = sorted(draw(st.lists(st.integers(0, length), max_size=8, unique=True)))
-    steps = zip(edges, edges[1:], strict=False)
-    return tuple(step for step in steps if draw(st.booleans()))
+    return tuple(step for step in pairwise(edges) if draw(st.booleans()))
 
 
 starts = st.sets(st.integers(1, LENGTH - 1), max_size=6).map(lambda later: (0, *sorted(later)))
