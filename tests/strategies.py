@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
+
+# for machines that do other work meanwhile
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

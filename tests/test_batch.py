@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.strategies import patient
 from torchtitan_upipe.data.documents import find_documents, pad_documents, positions_in_documents
 from torchtitan_upipe.data.sharding import length_divisor, shard_positions
 from torchtitan_upipe.kernels.visibility import Documents
@@ -29,7 +30,7 @@ def inputs(draw: st.DrawFn) -> Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=3)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(patient, max_examples=50)
 @given(inputs(), st.integers(0, 9))
 @example(torch.tensor([[1, 2, EOS]]), 0)  # nothing begins after the last token
 @example(torch.tensor([[EOS, EOS, 1], [1, 1, 1]]), 2)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import schedules
+from tests.strategies import patient, schedules
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule, round_head_chunk
 from torchtitan_upipe.kernels.visibility import Interval
 
@@ -20,7 +20,7 @@ MODELS = {  # query heads, KV heads, ranks
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(schedules(), st.integers(1, 9))
 def test_every_row_of_every_query_head_is_computed_once(schedule: HeadSchedule, tokens: int) -> None:
     found: dict[int, list[Interval]] = defaultdict(list)
@@ -35,7 +35,7 @@ def test_every_row_of_every_query_head_is_computed_once(schedule: HeadSchedule, 
         assert (*starts, schedule.degree * tokens) == (0, *stops)  # side by side: no gap, no overlap
 
 
-@settings(max_examples=100, deadline=None)
+@settings(patient, max_examples=100)
 @given(schedules(), st.integers(1, 9))
 def test_rows_come_from_the_shards_that_hold_them(schedule: HeadSchedule, tokens: int) -> None:
     ranks = range(schedule.degree)
@@ -50,9 +50,10 @@ def test_rows_come_from_the_shards_that_hold_them(schedule: HeadSchedule, tokens
             ]
             assert shared == [row for start, stop in rows.computed_by(rank) for row in range(start, stop)]
             assert len(shared) == sum(rows.count(rank, shard) for shard in ranks)
+            assert all(len(rows.shared(rank, shard)) <= 1 for shard in ranks)  # what is sent is a view
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(schedules())
 def test_query_heads_meet_their_own_kv_heads_while_these_are_here(schedule: HeadSchedule) -> None:
     group = schedule.num_heads // schedule.num_kv_heads
@@ -79,7 +80,7 @@ def test_query_heads_meet_their_own_kv_heads_while_these_are_here(schedule: Head
         assert not blocks  # every gradient travels back
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(schedules())
 def test_each_rank_is_sent_each_kv_head_once(schedule: HeadSchedule) -> None:
     group = schedule.num_heads // schedule.num_kv_heads
@@ -90,7 +91,7 @@ def test_each_rank_is_sent_each_kv_head_once(schedule: HeadSchedule) -> None:
         assert sorted(fetched) == sorted(released) == sorted(needed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(schedules())
 def test_stages_hold_at_most_a_chunk_and_keep_every_rank_busy(schedule: HeadSchedule) -> None:
     for stage in schedule.stages:
@@ -104,7 +105,7 @@ def test_stages_hold_at_most_a_chunk_and_keep_every_rank_busy(schedule: HeadSche
         assert len(schedule.stages) == schedule.num_heads // schedule.head_chunk
 
 
-@settings(max_examples=50, deadline=None)
+@settings(patient, max_examples=50)
 @given(st.integers(1, 48), st.integers(1, 48), st.data())
 def test_the_chunk_is_rounded_to_the_nearest_below_that_fits(heads: int, degree: int, data: st.DataObject) -> None:
     asked = data.draw(st.integers(1, heads))
@@ -143,7 +144,7 @@ def test_models_are_balanced_with_every_chunk(name: str) -> None:
         assert total == heads * 2**16 * (2**16 + 1) // 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(patient, max_examples=100)
 @given(schedules(max_heads=128, max_degree=64), st.integers(2**16, 2**23))
 def test_any_schedule_is_balanced(schedule: HeadSchedule, length: int) -> None:
     assert imbalance(schedule, length) <= 1.05

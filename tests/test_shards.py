@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.strategies import schedules
+from tests.strategies import patient, schedules
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule
 from torchtitan_upipe.cp.shards import join_queries, select_heads, split_keys, split_queries, sum_copies
 
@@ -19,7 +19,7 @@ def numbered(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(patient, max_examples=50)
 @given(schedules(max_heads=16, max_degree=8), st.integers(1, 6))
 def test_queries_reach_the_ranks_that_compute_them_and_come_back(schedule: HeadSchedule, tokens: int) -> None:
     ranks = range(schedule.degree)
@@ -45,7 +45,7 @@ def placements(draw: st.DrawFn) -> HeadPlacement:
     return HeadPlacement(tuple(heads))
 
 
-@settings(deadline=None)
+@patient
 @given(placements())
 def test_keys_reach_every_rank_that_needs_them(placement: HeadPlacement) -> None:
     everything = numbered(BATCH, 3, 12, WIDTH)
@@ -55,7 +55,7 @@ def test_keys_reach_every_rank_that_needs_them(placement: HeadPlacement) -> None
         assert piece.untyped_storage().data_ptr() == distinct.untyped_storage().data_ptr()  # a view
 
 
-@settings(deadline=None)
+@patient
 @given(placements())
 def test_summing_copies_is_the_transpose_of_splitting_keys(placement: HeadPlacement) -> None:
     heads = numbered(BATCH, 3, len(placement.distinct), WIDTH) % 97
@@ -75,6 +75,7 @@ def test_copies_are_rounded_once() -> None:
     assert torch.equal(summed, torch.stack(copies).double().sum(0).bfloat16())
 
 
+@patient
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=8))
 def test_selected_heads(wanted: list[int]) -> None:
     heads = numbered(BATCH, 3, 12, WIDTH)

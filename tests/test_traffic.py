@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import Case, Shape, run_method
-from tests.strategies import schedules
+from tests.strategies import patient, schedules
 from torchtitan_upipe.cp.attention import LocalAttention
 from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
@@ -102,7 +102,7 @@ def check(method: str, schedule: HeadSchedule, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("method", MOVES)
-@settings(max_examples=12, deadline=None)
+@settings(patient, max_examples=12)
 @given(schedules(max_heads=12, max_degree=6), st.integers(1, 4), st.integers(1, 2))
 @example(build_head_schedule(14, 2, 4, 14), 4, 1)  # the last stage brings KV heads to some of the ranks only
 @example(build_head_schedule(3, 1, 8, 3), 1, 2)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.strategies import patient
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.cp.segments import QueryRows
 from torchtitan_upipe.kernels.pieces import rectangles
@@ -99,7 +100,7 @@ def check(queries: Tokens, keys: Tokens, starts: tuple[int, ...], max_rows: int 
 max_rows = st.one_of(st.none(), st.integers(1, 12))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(intervals(), intervals(), starts, max_rows)
 def test_each_visible_pair_is_in_one_piece(
     queries: tuple[Interval, ...], keys: tuple[Interval, ...], starts: tuple[int, ...], max_rows: int | None
@@ -107,7 +108,7 @@ def test_each_visible_pair_is_in_one_piece(
     check(Tokens(queries), Tokens(keys), starts, max_rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(patient, max_examples=100)
 @given(ring_shards(), starts, max_rows)
 def test_each_visible_pair_of_a_ring_is_in_one_piece(
     shards: tuple[Tokens, Tokens], starts: tuple[int, ...], max_rows: int | None
@@ -115,7 +116,7 @@ def test_each_visible_pair_of_a_ring_is_in_one_piece(
     check(*shards, starts, max_rows)
 
 
-@settings(deadline=None)
+@patient
 @given(intervals(), st.integers(0, LENGTH), st.data())
 def test_rows_of_tokens(stored: tuple[Interval, ...], position: int, data: st.DataObject) -> None:
     tokens = Tokens(stored)
