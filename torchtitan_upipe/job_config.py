@@ -40,6 +40,12 @@ class ContextParallel:
     nothing and computes attention again in backward.
     """
 
+    tile_size: int = 0
+    """
+    Rows per tile of norm, MLP and loss, for every method; 0 = no tiling. 32768 is right for long runs: the tiles' inner
+    tensors stay small beside the hidden states, and the matrix products large.
+    """
+
 
 @dataclass
 class Parallelism(titan.Parallelism):

@@ -26,6 +26,7 @@ from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
+from torchtitan_upipe.models.tiled import tile_model
 from torchtitan_upipe.validate import validate_job
 
 
@@ -70,6 +71,9 @@ class Parallelize:
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
         self._attach(model, parallel_dims, job_config)
+        if cp.tile_size:
+            tile_model(model, cp.tile_size)
+            logger.info(f"Norm, feed-forward and loss work in tiles of {cp.tile_size} rows")
         if job_config.activation_checkpoint.mode == "full":
             job_config = _checkpoint_blocks(model, job_config)
         with _tied_weights_sharded(model, parallel_dims, job_config):

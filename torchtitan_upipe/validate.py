@@ -70,7 +70,9 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
 
 
 def _check_counts(config: JobConfig, world_size: int) -> None:
-    training = config.training
+    training, tile_size = config.training, config.context_parallel.tile_size
+    if tile_size < 0:
+        raise ValueError(f"context_parallel.tile_size = {tile_size} must be a number of rows, or 0 for no tiling.")
     counts = {
         "training.steps": training.steps,
         "training.local_batch_size": training.local_batch_size,
