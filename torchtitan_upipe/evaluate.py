@@ -16,7 +16,7 @@ from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
-from torchtitan_upipe.data.sharding import shard_batch
+from torchtitan_upipe.data.batch import shard_batch
 from torchtitan_upipe.models.tiled import summed_loss
 
 
@@ -49,7 +49,8 @@ class ContextParallelValidator(Validator):
         if self.parallel_dims.dp_enabled:
             tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
         inputs = input_dict["input"].to(device_type)
-        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config)
+        eos_id = getattr(self.tokenizer, "eos_id", None)
+        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config, eos_id)
         with self.validation_context(), self.maybe_enable_amp:
             return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / tokens
 
