@@ -79,7 +79,6 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             r"method = \"ring\" leave it out",
         ),
         ({"context_parallel__query_tiles": 2}, r"context_parallel.query_tiles: query tiles are not available yet"),
-        ({"activation_checkpoint__offload": "True"}, r"activation_checkpoint.offload: .* not available yet"),
     ],
 )
 def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> None:

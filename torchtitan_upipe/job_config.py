@@ -74,9 +74,21 @@ class Training(titan.Training):
 
 
 @dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    """TorchTitan's section with one more field."""
+
+    offload: bool = False
+    """
+    With mode = "full": block inputs wait for the backward pass in host memory (pinned on CUDA), moved beside the
+    computation.
+    """
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

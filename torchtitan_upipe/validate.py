@@ -31,6 +31,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
+    _check_offload(config)
     _check_device(config, device_type)
     _check_files(config)
     check_kernel(config.context_parallel.attention_kernel, device_type, TORCH_DTYPE_MAP[_attention_dtype(config)])
@@ -163,6 +164,16 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         raise ValueError(
             f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
             "choose the flavor without the suffix."
+        )
+
+
+def _check_offload(config: JobConfig) -> None:
+    checkpointing = config.activation_checkpoint
+    if checkpointing.offload and checkpointing.mode != "full":
+        raise ValueError(
+            f"activation_checkpoint.offload = true moves the inputs of checkpointed blocks, but mode = "
+            f'{checkpointing.mode!r} does not checkpoint every block; set activation_checkpoint.mode = "full" '
+            "or remove offload."
         )
 
 

@@ -76,8 +76,7 @@ class TiledBlock(nn.Module):
         self, x: Tensor, rope_table: Tensor, attention_masks: object | None, positions: Tensor | None = None
     ) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``, with TorchTitan's signature."""
-        n = tiled_rms_norm(x, self.attention_norm.weight, _epsilon(self.attention_norm), self.tile_size)
-        h = x + self.attention(n, rope_table, attention_masks, positions)
+        h = x + self.attention(self._normalised(x), rope_table, attention_masks, positions)
         return tiled_feed_forward(
             h,
             self.ffn_norm.weight,
@@ -85,6 +84,9 @@ class TiledBlock(nn.Module):
             eps=_epsilon(self.ffn_norm),
             tile_size=self.tile_size,
         )
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return tiled_rms_norm(x, self.attention_norm.weight, _epsilon(self.attention_norm), self.tile_size)
 
     def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.feed_forward.w1, self.feed_forward.w2, self.feed_forward.w3

@@ -67,7 +67,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
 
 
 def tiles(x: Tensor, tile_size: int) -> tuple[Tensor, ...]:
-    """The rows of ``x [..., D]`` in tiles ``[tile_size, D]``, the last maybe shorter; views where ``x`` is contiguous."""
+    """Rows of ``x [..., D]`` in tiles ``[tile_size, D]``, the last maybe shorter; views where ``x`` is contiguous."""
     return x.flatten(0, -2).split(tile_size)
 
 
