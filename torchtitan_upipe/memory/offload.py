@@ -79,7 +79,7 @@ class _Kept:
 
     def get(self) -> Tensor:
         x = self.copy.get()
-        before = self.before and self.before()
+        before = None if self.before is None else self.before()
         if before is not None:
             before.fetch()
         return x

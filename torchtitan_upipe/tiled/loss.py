@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchtitan_upipe.tiled.norm import rms_norm_backward, tiles, zeros_to_sum
+from torchtitan_upipe.tiled.norm import rms_norm_backward
+from torchtitan_upipe.tiled.tiles import add_weight_gradient, tiles, zeros_to_sum
 
 IGNORE_INDEX = -100  # torch's, and TorchTitan's
 
@@ -71,7 +72,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = _gradient_of_logits(log_p, labels_tile).to(n.dtype)
             del log_p
-            d_output += d_logits.t() @ n
+            add_weight_gradient(d_output, d_logits, n)
             dh_wide, d_norm_tile = rms_norm_backward(d_logits @ output_weight, h_tile, norm_weight, eps)
             dh_tiles[i].copy_(dh_wide)
             d_norm += d_norm_tile

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchtitan_upipe.tiled.norm import rms_norm_backward, tiles, zeros_to_sum
+from torchtitan_upipe.tiled.norm import rms_norm_backward
+from torchtitan_upipe.tiled.tiles import add_weight_gradient, tiles, zeros_to_sum
 
 
 def tiled_feed_forward(
@@ -93,15 +94,15 @@ class _TiledFeedForward(torch.autograd.Function):
 
             # back through w2
             dy = d_out.to(w2.dtype)
-            d_w2 += dy.t() @ (activation * up)
+            add_weight_gradient(d_w2, dy, activation * up)
             d_inner = dy @ w2
 
             # back to the outputs of w1 and w3; each product takes the place of a factor no longer needed
             d_up = activation.mul_(d_inner)
             d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
             del gate, up, activation, d_inner, dy
-            d_w1 += d_gate.t() @ n
-            d_w3 += d_up.t() @ n
+            add_weight_gradient(d_w1, d_gate, n)
+            add_weight_gradient(d_w3, d_up, n)
 
             # back through the norm; the residual's gradient is d_out itself
             dn = torch.addmm(d_gate @ w1, d_up, w3)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchtitan_upipe.tiled.tiles import tiles, zeros_to_sum
+
 
 def tiled_rms_norm(x: Tensor, weight: Tensor, eps: float, tile_size: int) -> Tensor:
     """``F.rms_norm`` over the last dimension, to the bit, keeping only its arguments for the backward pass.
@@ -64,13 +66,3 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
     d_x_hat = dy * weight.to(wide)
     dx = d_x_hat.addcmul_(x_hat, (d_x_hat * x_hat).mean(-1, keepdim=True), value=-1).mul_(scale)
     return dx, d_weight
-
-
-def tiles(x: Tensor, tile_size: int) -> tuple[Tensor, ...]:
-    """Rows of ``x [..., D]`` in tiles ``[tile_size, D]``, the last maybe shorter; views where ``x`` is contiguous."""
-    return x.flatten(0, -2).split(tile_size)
-
-
-def zeros_to_sum(weight: Tensor) -> Tensor:
-    """Where the gradient of ``weight`` is summed over tiles: float32, or float64 for float64."""
-    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
