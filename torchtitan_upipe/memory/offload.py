@@ -54,20 +54,20 @@ class BlockOffload:
         Non-reentrant checkpointing saves a block's arguments under the hooks of its caller, and everything within the
         block under its own.
         """
-        copies: list[HostCopy] = []
+        storage = x.untyped_storage()._cdata  # autograd keeps the hooks: they must not hold x
 
         def pack(saved: Tensor) -> Tensor | _Kept:
-            if saved.untyped_storage()._cdata != x.untyped_storage()._cdata:
+            if saved.untyped_storage()._cdata != storage:
                 return saved
-            copies.append(self.pool.put(saved))
-            kept = _Kept(copies[-1], self._newest)
-            self._newest = weakref.ref(copies[-1])
+            kept = _Kept(self.pool.put(saved), self._newest)
+            self._newest = weakref.ref(kept.copy)
             return kept
 
         with saved_tensors_hooks(pack, lambda kept: kept.get() if isinstance(kept, _Kept) else kept):
             yield
-        for copy in copies:
-            copy.settle()
+        newest = None if self._newest is None else self._newest()
+        if newest is not None:
+            newest.settle()
 
 
 @dataclass(frozen=True)
