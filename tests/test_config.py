@@ -78,6 +78,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__ring_degree": 2, "context_parallel__method": "ring"},
             r"method = \"ring\" leave it out",
         ),
+        ({"context_parallel__tile_size": -1}, r"context_parallel.tile_size = -1 must be a number of rows, or 0"),
         ({"context_parallel__query_tiles": 2}, r"context_parallel.query_tiles: query tiles are not available yet"),
     ],
 )
@@ -90,6 +91,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "flags, sentence",
     [
+        (["--activation_checkpoint.offload"], r"mode = 'none' does not checkpoint every block; set .*mode = \"full\""),
         (["--compile.enable"], r"torch.compile does not work with llama3_upipe yet; set compile.enable = false"),
         (
             ["--training.enable_cpu_offload"],
@@ -148,10 +150,12 @@ def test_sections_are_known_without_naming_the_module(tmp_path: Path, monkeypatc
     path.write_text(
         f"[model]\nname = 'llama3_upipe'\nflavor = 'debug'\nhf_assets_path = '{assets}'\n"
         "[training]\ndataset = 'stdlib'\n[context_parallel]\nhead_chunk = 4\nstash = 'none'\n"
+        "[activation_checkpoint]\nmode = 'full'\noffload = true\n"
     )
     config = read_job(["--job.config_file", str(path), "--context_parallel.head_chunk", "8"])
     assert config.context_parallel.head_chunk == 8  # the command line wins
     assert config.context_parallel.stash == "none"
+    assert config.activation_checkpoint.offload
     assert config.parallelism.context_parallel_load_balancer is None
 
 

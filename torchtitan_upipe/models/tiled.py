@@ -141,9 +141,18 @@ class TiledOutput(nn.Linear):
             self._labels = None
 
     def forward(self, hidden: Unnormalised) -> Tensor:  # type: ignore[override]
-        """Logits ``[B, N, V]``, or the summed loss, a float32 scalar."""
+        """Logits ``[B, N, V]``, or the summed loss, a float32 scalar.
+
+        Raises:
+            ValueError: training without labels, which would make all logits at once.
+        """
         h, norm_weight, eps = hidden
         if self._labels is None:
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    f"context_parallel.tile_size asks for a loss in tiles ({self.tile_size} rows each), but the "
+                    "trainer gave the model no labels; start the job with `torchrun -m torchtitan_upipe.train`."
+                )
             return F.linear(F.rms_norm(h, norm_weight.shape, norm_weight, eps), self.weight)
         return tiled_cross_entropy(
             h, self._labels, norm_weight, _as_in_products(self.weight), eps=eps, tile_size=self.tile_size
