@@ -2,8 +2,8 @@
 
 Tokens are sharded contiguously over the ranks of an all-to-all: rank ``p`` holds rows ``[p*N, (p+1)*N)`` of all
 ``C*N``. A query tile is the same stretch of rows of every shard. Where a team of ``t`` ranks shares a query head, the
-tile's rows are cut into ``2t`` blocks and member ``i`` takes the ``i``-th block from the front and the ``i``-th from the
-back, which balances the causal mask.
+tile's rows are cut into ``2t`` blocks and member ``i`` takes the ``i``-th block from the front and the ``i``-th from
+the back, which balances the causal mask.
 """
 
 from __future__ import annotations

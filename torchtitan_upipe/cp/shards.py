@@ -49,7 +49,7 @@ def sum_copies(pieces: Sequence[Tensor], placement: HeadPlacement) -> Tensor:
     Copies are summed in float32 (float64 stays) and rounded once.
     """
     first = pieces[0]
-    if sum(placement.counts) == len(placement.distinct):  # no copies
+    if placement.distinct == tuple(head for heads in placement.heads for head in heads):  # no copies
         return first if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
     shape = (*first.shape[:2], len(placement.distinct), first.shape[3])
     total = first.new_zeros(shape, dtype=accumulate_dtype(first.dtype))
