@@ -2,8 +2,9 @@
 
 import runpy
 
-from torchtitan_upipe.device import enable_cpu
+from torchtitan_upipe.device import enable_cpu, leave
 
 if __name__ == "__main__":
     enable_cpu()
     runpy.run_module("torchtitan.train", run_name="__main__")
+    leave(0)

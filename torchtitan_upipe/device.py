@@ -6,13 +6,14 @@ accelerator. :func:`enable_cpu` must therefore run before the first torchtitan i
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import resource
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._utils
@@ -41,6 +42,20 @@ def enable_cpu() -> None:
     cpu = CpuModule()
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda name: cpu if name == "cpu" else get_device_module(name)  # type: ignore[assignment]
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``; on CPU without the interpreter's own end.
+
+    Gloo's threads may still hold a tensor then, and freeing one while the interpreter shuts down aborts the process
+    (pytorch/pytorch#179291).
+    """
+    if torch._utils._get_available_device_type() != "cpu":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class CpuModule(types.ModuleType):

@@ -201,8 +201,8 @@ def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) 
             "debug": options.debug,
         }
         method = getattr(block.attention, "method", None)  # TorchTitan's own attention has none
-        if isinstance(method, UPipe) and method.new_stash is not None:
-            arguments["context_fn"] = _StashForBothRuns(method, method.new_stash)
+        if isinstance(method, UPipe):
+            arguments["context_fn"] = StashForBothRuns(method)
         blocks[name] = OffloadedBlock(block, offload, **arguments) if offload else CheckpointWrapper(block, **arguments)
     logger.info(
         "Applied full activation checkpointing to the model" + (", block inputs in host memory" if offload else "")
@@ -259,12 +259,18 @@ def _all_reduce_sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     return work.get_future().then(lambda future: future.value()[0])
 
 
-class _StashForBothRuns:
-    """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block."""
+class StashForBothRuns:
+    """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block.
 
-    def __init__(self, upipe: UPipe, new_stash: NewStash) -> None:
-        self.upipe, self.new_stash = upipe, new_stash
+    Where no stash is kept from the first run on, the second, whose backward follows at once, fills one on the device.
+    It empties as the gradients of the queries fill, so that it does not raise the peak.
+    """
+
+    def __init__(self, upipe: UPipe) -> None:
+        self.upipe = upipe
 
     def __call__(self) -> tuple[Any, Any]:
-        stash = self.new_stash()
-        return self.upipe.using(stash), self.upipe.using(stash)
+        """Contexts of the first and of the second run."""
+        kept = self.upipe.new_stash
+        stash = Stash() if kept is None else kept()
+        return self.upipe.using(stash, fill=kept is not None), self.upipe.using(stash, fill=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.device import enable_cpu
+from torchtitan_upipe.device import enable_cpu, leave
 
 enable_cpu()  # before any torchtitan import: see device.py
 
@@ -125,4 +125,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -52,6 +52,7 @@ class UPipe:
         self.new_stash = new_stash
         self.tiles = tiles
         self._block_stash: Stash | None = None
+        self._fill_block_stash = False
 
     def __call__(
         self,
@@ -62,9 +63,11 @@ class UPipe:
         documents: Documents | None = None,
     ) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
-        keep = self.new_stash is not None and torch.is_grad_enabled()
-        stash = (self._block_stash or self.new_stash()) if self.new_stash is not None and keep else None
-        return _UPipeLayer.apply(self, stash, transform, head_dim, documents, x, *vars(weights).values())
+        stash, fill = self._block_stash, self._fill_block_stash
+        if stash is None:
+            fill = self.new_stash is not None and torch.is_grad_enabled()
+            stash = self.new_stash() if self.new_stash is not None and fill else Stash()
+        return _UPipeLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
 
     def layer(
         self,
@@ -86,13 +89,16 @@ class UPipe:
         )
 
     @contextmanager
-    def using(self, stash: Stash) -> Iterator[None]:
-        """Let the calls made meanwhile use ``stash``.
+    def using(self, stash: Stash, *, fill: bool) -> Iterator[None]:
+        """Let the calls made meanwhile use ``stash``: in backward and, if it is complete, instead of attention.
 
         Under activation checkpointing a block runs twice. Given the same stash both times, the second run finds there
         what the first has put, and computes neither attention nor exchange.
+
+        Args:
+            fill: put there what is computed.
         """
-        self._block_stash = stash
+        self._block_stash, self._fill_block_stash = stash, fill
         try:
             yield
         finally:
@@ -106,7 +112,8 @@ class _UPipeLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         upipe: UPipe,
-        stash: Stash | None,
+        stash: Stash,
+        fill: bool,
         transform: HeadTransform,
         head_dim: int,
         documents: Documents | None,
@@ -115,7 +122,7 @@ class _UPipeLayer(torch.autograd.Function):
     ) -> Tensor:
         layer = upipe.layer(x, weights, transform, head_dim, documents)
         tiles = query_tiles(x.shape[1], upipe.tiles)
-        outputs = Stash() if stash is None else stash
+        outputs = stash if fill else Stash()
         kv: dict[int, KVBlock] = {}
 
         for index, stage in enumerate(upipe.schedule.stages):
@@ -154,7 +161,7 @@ class _UPipeLayer(torch.autograd.Function):
         dy = grads[0]
         x, *weights = ctx.saved_tensors
         upipe: UPipe = ctx.upipe
-        stash: Stash = Stash() if ctx.stash is None else ctx.stash
+        stash: Stash = ctx.stash
         layer = upipe.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
         tiles = query_tiles(x.shape[1], upipe.tiles)
         total = LayerGradients(x, layer.weights, ctx.head_dim, stash.put_away)
@@ -172,7 +179,6 @@ class _UPipeLayer(torch.autograd.Function):
                 rows = slice(*tile)
                 # o and lse: from the stash, or attention again
                 stashed = stash.take((index, t))
-                stash.fetch((index, t + 1) if t + 1 < len(tiles) else (index + 1, 0))
                 if stashed is not None:
                     o_tokens, lse = stashed  # [B, n, U, d], [B, u, Sq]
                     o = layer.to_heads(stage, tile, o_tokens)  # [B, Sq, u, d]
@@ -190,8 +196,10 @@ class _UPipeLayer(torch.autograd.Function):
                 # attention
                 if q is None:
                     q, projected = layer.queries(stage, tile)
+                total.settle()
                 dq_heads = layer.attend_backward(stage, tile, do, q, kv, o, lse)
                 del do, q, o, lse
+                stash.fetch((index, t + 1) if t + 1 < len(tiles) else (index + 1, 0))
 
                 # exchange back, undo rope and norm
                 dq = layer.to_sequence(stage, tile, dq_heads)  # [B, n, U, d]
@@ -224,4 +232,4 @@ class _UPipeLayer(torch.autograd.Function):
                 del dv
 
         dx = total.input()
-        return None, None, None, None, None, dx, *(total.weight(name) for name in vars(layer.weights))
+        return None, None, None, None, None, None, dx, *(total.weight(name) for name in vars(layer.weights))
