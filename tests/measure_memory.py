@@ -1,0 +1,189 @@
+"""Measure what docs/memory.md states: ``python -m tests.measure_memory docs/memory.md`` (about 12 minutes)."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.measure import table
+from tests.ranks import run_ranks
+from torchtitan_upipe.cp.attention import LocalAttention
+from torchtitan_upipe.cp.build import build_method
+from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.head_schedule import build_head_schedule
+from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.cp.ulysses import Ulysses
+from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.kernels.simulated import SimulatedKernel
+from torchtitan_upipe.memory.live_bytes import LiveBytes
+from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.models.attention import NormThenRope
+from torchtitan_upipe.models.rope import Rope
+
+THREE_MILLION = 3 * 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """One attention layer in bfloat16 over ``degree`` ranks, without q/k norm."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    degree: int
+    head_dim: int = 128
+
+
+MODELS = [
+    Model("Llama3-8B, C=8", 32, 8, 4096, 8),
+    Model("Qwen3-32B, C=8", 64, 8, 5120, 8),
+    Model("Qwen3-32B, C=16", 64, 8, 5120, 16),
+]
+
+
+class LoneRank(HeadExchange):
+    """Rank 0 of ``size``: allocates what an exchange allocates, sends nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(None)
+        self.size = size
+
+    def _all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        return send.new_empty(sum(receive_sizes))
+
+
+class Gone:
+    """A tensor kept in another memory: takes none here until it is asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.leaving: Tensor | None = tensor
+        self.back: Tensor | None = None
+        self.new = partial(torch.empty, dtype=tensor.dtype)
+        self.shape = tensor.shape
+
+    def settle(self) -> None:
+        self.leaving = None
+
+    def read(self, rows: slice) -> Tensor:
+        count = len(range(self.shape[1])[rows])
+        return self.new(self.shape[0], count, *self.shape[2:])
+
+    def fetch(self) -> None:
+        self.back = self.new(self.shape) if self.back is None else self.back
+
+    def get(self) -> Tensor:
+        self.fetch()
+        assert self.back is not None
+        return self.back
+
+
+def layer_peak(model: Model, method: str, tiles: int, stash: str, workspace: bool) -> float:
+    """Peak of one layer's forward and backward in ``u``: x, y or dy, all temporaries; no weights."""
+    with FakeTensorMode():
+        tokens, width = THREE_MILLION // model.degree, model.head_dim
+        new = partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
+        x, dy = new(1, tokens, model.dim), new(1, tokens, model.dim).detach()
+        weights = AttentionWeights(
+            wq=new(model.heads * width, model.dim),
+            wk=new(model.kv_heads * width, model.dim),
+            wv=new(model.kv_heads * width, model.dim),
+            wo=new(model.dim, model.heads * width),
+        )
+        rope = Rope(torch.empty(width // 2, dtype=torch.float64), torch.arange(tokens)[None], interleaved=True)
+        exchange = LoneRank(model.degree)
+        attention = LocalAttention(SimulatedKernel("flash2", workspace), key_tiles=tiles)
+        layer: Ulysses | UPipe = Ulysses(model.heads, model.kv_heads, exchange, attention)
+        if method == "upipe":
+            schedule = build_head_schedule(model.heads, model.kv_heads, model.degree, model.degree)
+            new_stash = {"device": Stash, "host": partial(Stash, Gone)}[stash]
+            layer = UPipe(schedule, exchange, attention, new_stash, tiles)
+        with LiveBytes() as meter:
+            meter.ignore(dy, *(w for w in vars(weights).values() if w is not None))
+            y = layer(x, weights, NormThenRope(rope, 1e-6), width)
+            y.backward(dy)  # y stays: it stands for the residual's dy, which does
+        return meter.peak / x.nbytes + 1  # x was there before
+
+
+def layer_peaks() -> str:
+    """The goals' table."""
+    rows = []
+    for model in MODELS:
+        for workspace in (True, False):
+            peaks = [layer_peak(model, "ulysses", 1, "device", workspace)]
+            peaks += [layer_peak(model, "upipe", tiles, "host", workspace) for tiles in (1, 2, 4, 8)]
+            peaks.append(layer_peak(model, "upipe", 1, "device", workspace))
+            rows.append((model.name, "yes" if workspace else "no", *(f"{peak:.2f}u" for peak in peaks)))
+    columns = ["Ulysses", *(f"UPipe, host, T={t}" for t in (1, 2, 4, 8)), "UPipe, device, T=1"]
+    return table(("layer at 3M tokens, U = C", "workspace counted", *columns), rows)
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    """Append the time of the slowest rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    yield
+    dist.barrier()
+    seconds.append(time.perf_counter() - start)
+
+
+def step_times(length: int, arms: list[tuple[str, int, int, str]], rounds: int) -> list[list[float]]:
+    """Seconds of one layer's forward and backward, arm after arm, ``rounds`` times."""
+    rank, degree = dist.get_rank(), dist.get_world_size()
+    heads, kv_heads, width, dim = 8, 2, 64, 512
+    gen = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(1, length // degree, dim, generator=gen) for _ in range(2))
+    shapes = {"wq": (heads * width, dim), "wk": (kv_heads * width, dim), "wv": (kv_heads * width, dim)}
+    weights = AttentionWeights(
+        **{name: torch.randn(shape, generator=gen).requires_grad_() for name, shape in shapes.items()},
+        wo=torch.randn(dim, heads * width, generator=gen).requires_grad_(),
+    )
+    positions = torch.arange(length)[None].chunk(degree, dim=1)[rank]
+    transform = NormThenRope(Rope(torch.rand(width // 2, dtype=torch.float64), positions, interleaved=True), 1e-6)
+    seconds: list[list[float]] = [[] for _ in arms]
+    for _ in range(rounds):
+        for (method, chunk, tiles, stash), found in zip(arms, seconds, strict=True):
+            layer = build_method(
+                method,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_chunk=chunk,
+                new_stash=Stash if stash == "device" else None,
+                query_tiles=tiles,
+                ulysses_group=dist.group.WORLD,
+                ring_group=None,
+                kernel=build_kernel("sdpa", "cpu"),
+            )
+            with timed(found):
+                layer(x.requires_grad_(), weights, transform, width).backward(dy)
+    return seconds
+
+
+def times() -> str:
+    """UPipe's time over Ulysses'."""
+    arms = [("ulysses", 0, 1, "device"), ("upipe", 2, 1, "device"), ("upipe", 2, 4, "device"), ("upipe", 1, 1, "device")]
+    rows = []
+    for length, rounds in ((8192, 9), (16384, 5)):
+        seconds = run_ranks(step_times, 2, length, arms, rounds, timeout=1200)[0]
+        first, *others = [median(found[1:]) for found in seconds]
+        rows.append((length, f"{first:.2f} s", *(f"{other / first:.3f}x" for other in others)))
+    columns = ("Ulysses", "UPipe, U = C", "UPipe, U = C, 4 query tiles", "UPipe, U = C/2 (two ranks share a head)")
+    return table(("S", *columns), rows)
