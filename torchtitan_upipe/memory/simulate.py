@@ -1,0 +1,114 @@
+"""Child process of ``dry_run.py``: the real trainer on fake tensors, fake ranks and a device that does not exist.
+
+``python -m torchtitan_upipe.memory.simulate`` reads jobs from standard input, one JSON object a line, and writes one
+line of JSON for each to the file named on its command line. The device is chosen once per process, before TorchTitan is
+imported, which is why this is not a function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torchtitan_upipe.device import SIMULATED, enable_simulated_device
+
+enable_simulated_device()  # before any torchtitan import: see device.py
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed._tools.fake_collectives  # noqa: E402, F401  (collectives on fake tensors)
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+from torchtitan.config import JobConfig  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+
+from torchtitan_upipe.memory.live_bytes import LiveBytes  # noqa: E402
+from torchtitan_upipe.memory.moments import Moments  # noqa: E402
+from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
+from torchtitan_upipe.train import Trainer, read_job  # noqa: E402
+
+STEPS = 2  # the first one creates the optimizer's state
+
+
+class Meter(LiveBytes):
+    """Also answers what fake tensors cannot: a number read back is 1, a condition is false (no loop goes on for it)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count the storages of what it returns."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class DryTrainer(Trainer):
+    """The trainer of ``train.py`` without data and log, and with a mesh made of real tensors."""
+
+    def init_distributed(self) -> ParallelDims:
+        """As TorchTitan does; meshes read their tensors back, so they are made before fake tensors take over."""
+        with unset_fake_temporarily():
+            dims = super().init_distributed()
+            dims.build_mesh()
+        return dims
+
+    def run(self) -> None:
+        """The steps of a dry run, on a batch of any tokens."""
+        for _ in range(STEPS):
+            self.train_step(self.batch_generator(self._batches()))
+
+    def _batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        training = self.job_config.training
+        while True:
+            tokens = torch.zeros(training.local_batch_size, training.seq_len + 1, dtype=torch.int64)
+            yield {"input": tokens[:, :-1]}, tokens[:, 1:]
+
+
+@contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of ``world_size`` ranks of which only this one exists."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    dist.init_process_group(f"cpu:fake,{SIMULATED}:fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate_job(config: JobConfig) -> Prediction:
+    """Run ``config``'s training step on this fake rank."""
+    config.debug.seed = config.debug.seed or 0  # a seed drawn at random would be read back
+    config.activation_checkpoint.preserve_rng_state = False  # no random numbers on the simulated device
+    config.metrics.log_freq = STEPS + 1
+    moments = Moments()
+    with FakeTensorMode(), Meter(moments) as meter:
+        trainer = DryTrainer(config)
+        meter.restart()
+        trainer.step = 2  # TorchTitan logs the first step
+        with moments.watching(trainer.model_parts[0], meter):
+            trainer.run()
+        trainer.close()
+    device, host = meter.usage[SIMULATED], meter.usage["cpu"]
+    return Prediction(device.peak, host.peak, device.at_peak, host.at_peak, device.moment)
+
+
+def main() -> None:
+    """Simulate what standard input asks for."""
+    logging.disable(logging.INFO)
+    with Path(sys.argv[1]).open("w") as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            with fake_ranks(request["rank"], request["world_size"]):
+                prediction = simulate_job(read_job(request["args"]))
+            print(json.dumps(dataclasses.asdict(prediction)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
