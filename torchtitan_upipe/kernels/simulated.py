@@ -45,10 +45,15 @@ class SimulatedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         if self.workspace:
-            kept = [torch.empty_like(dq, dtype=torch.float32), _row_values(q)]
-            if q.shape[2] != k.shape[2]:
-                kept += [k.new_empty(*k.shape[:2], *q.shape[2:]) for _ in range(2)]
+            workspace(q, k)
         return dq, dk, dv
+
+
+def workspace(q: Tensor, k: Tensor) -> None:
+    """Hold what a kernel's backward holds beside its results, for a moment."""
+    kept = [torch.empty_like(q, dtype=torch.float32), _row_values(q)]
+    if q.shape[2] != k.shape[2]:
+        kept += [k.new_empty(*k.shape[:2], *q.shape[2:]) for _ in range(2)]
 
 
 def _row_values(q: Tensor) -> Tensor:

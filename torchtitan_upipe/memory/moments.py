@@ -9,33 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
 from torchtitan_upipe.memory.live_bytes import LiveBytes
 
-CATEGORIES = (
-    "parameters",  # this rank's shards
-    "gradients",  # this rank's shards, and whole weights' gradients until they are reduced
-    "optimizer",
-    "communication",  # FSDP2: gathered weights, gather and reduce buffers
-    "block inputs",  # hidden states between the parts of the model, and their gradients
-    "attention stage",  # made and freed within a run of an attention layer
-    "saved",  # outlives the forward run that made it: the stash, or what autograd keeps
-    "tiles",  # inner tensors of norm and MLP
-    "loss",  # final norm, logits, loss
-    "other",
-)
-
-# Code that is known by its Python module, whatever part of the model calls it: prefix -> category, moment.
+# Code that is known by its Python module, whatever part of the model calls it: prefix of module and function -> category, moment.
 CALLERS = {
     "torch.optim.": ("optimizer", "optimizer step"),
     "torch.distributed.fsdp.": ("communication", None),
     "torchtitan.components.loss": ("loss", "loss forward"),
     "torch.nn.utils.clip_grad": ("other", "gradient clipping"),
+    "torchtitan_upipe.kernels.simulated.workspace": ("workspace", None),
+    "torchtitan_upipe.tiled.loss": ("loss", None),
+    "torchtitan_upipe.tiled.": ("tiles", None),
 }
 
+PREFIXES = tuple(CALLERS)
 PARTS = {"attention": "attention stage", "feed_forward": "tiles", "attention_norm": "tiles", "ffn_norm": "tiles"}
 HEAD = ("norm", "output")  # the model's own children after the last block
 
@@ -64,10 +53,7 @@ class Moments:
             handles.append(module.register_forward_pre_hook(part.enter))
             handles.append(module.register_forward_hook(part.leave, always_call=True))
         for parameter in model.parameters():
-            if not isinstance(model, FSDPModule):
-                handles.append(
-                    parameter.register_post_accumulate_grad_hook(lambda p: meter.retag("gradients", p.grad))
-                )
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: meter.retag("gradients", p.grad)))
         try:
             yield
         finally:
@@ -118,6 +104,8 @@ class _Part:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.moments._forward.append(self.name)
+        if not _in_backward():
+            self.moments._backward.clear()  # what was last in the step before has no input to end it
         self.before = self.meter.keys() if self.category else set()
         for tensor in tree_iter(args):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -130,7 +118,8 @@ class _Part:
             self.meter.retag_since(self.before, self.category, "saved")
         for tensor in tree_iter(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                self.meter.retag("block inputs", tensor) if self.category else None
+                if self.name not in HEAD:
+                    self.meter.retag("block inputs", tensor)
                 tensor.register_hook(self.enter_backward)
 
     def enter_backward(self, grad: Tensor) -> None:
@@ -138,6 +127,7 @@ class _Part:
             self.moments._backward.append(self.name)
 
     def leave_backward(self, grad: Tensor) -> None:
+        self.meter.retag("block inputs", grad)
         stack = self.moments._backward
         if self.name in stack:
             del stack[stack.index(self.name) :]
@@ -162,15 +152,9 @@ def _in_backward() -> bool:
 def _caller() -> tuple[str, str | None] | None:
     frame = sys._getframe(2)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.startswith(("torch.distributed.fsdp", "torch.optim", "torchtitan.components", "torch.nn.utils.clip")):
-            for prefix, known in CALLERS.items():
-                if name.startswith(prefix):
-                    return known
+        name = f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}"
+        if name.startswith(PREFIXES):
+            return next(known for prefix, known in CALLERS.items() if name.startswith(prefix))
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

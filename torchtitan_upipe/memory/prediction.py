@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CATEGORIES = (
+    "parameters",  # this rank's shards
+    "gradients",  # this rank's shards, and whole weights' gradients until they are reduced
+    "optimizer",
+    "communication",  # FSDP2: gathered weights, gather and reduce buffers
+    "block inputs",  # hidden states between the parts of the model, and their gradients
+    "attention stage",  # made and freed within a run of an attention layer
+    "workspace",  # of the attention kernel's backward
+    "saved",  # outlives the forward run that made it: the stash, or what autograd keeps
+    "tiles",  # inner tensors of norm and feed-forward
+    "loss",  # logits, loss
+    "other",
+)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -12,13 +26,13 @@ class Prediction:
     Attributes:
         device_bytes: of tensors on the device; the CUDA context, NCCL's buffers and fragmentation come on top.
         host_bytes: of tensors in host memory.
-        device: bytes by category at the device's peak (``memory/moments.py`` lists the categories).
-        host: bytes by category at the host's peak.
+        by_category: parts of ``device_bytes``; the keys are among :data:`CATEGORIES`.
+        host_by_category: parts of ``host_bytes``.
         moment: what runs at the device's peak, e.g. ``"layers.7.attention backward"``.
     """
 
     device_bytes: int
     host_bytes: int
-    device: dict[str, int] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    by_category: dict[str, int] = field(default_factory=dict)
+    host_by_category: dict[str, int] = field(default_factory=dict)
     moment: str = ""

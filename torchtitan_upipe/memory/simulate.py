@@ -25,27 +25,42 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed._tools.fake_collectives  # noqa: E402, F401  (collectives on fake tensors)
 from torch import Tensor  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 
 from torchtitan_upipe.memory.live_bytes import LiveBytes  # noqa: E402
 from torchtitan_upipe.memory.moments import Moments  # noqa: E402
 from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
+from torchtitan_upipe.models.attention import ContextParallelAttention  # noqa: E402
 from torchtitan_upipe.train import Trainer, read_job  # noqa: E402
 
+FUSED = (torch.ops.aten._fused_adam_.default, torch.ops.aten._fused_adamw_.default)
 STEPS = 2  # the first one creates the optimizer's state
 
 
 class Meter(LiveBytes):
-    """Also answers what fake tensors cannot: a number read back is 1, a condition is false (no loop goes on for it)."""
+    """Also answers what fake tensors cannot: a number read back is 1, a condition is false (no loop goes on for it).
+
+    A fused optimizer step works in place; its fake stand-in would copy all its arguments. Tensors made before fake
+    ones took over (those of device meshes) stay real.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count the storages of what it returns."""
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func in FUSED and not any(issubclass(kind, DTensor) for kind in types):
+            return None
+        tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        real = func is not torch.ops.aten.lift_fresh.default  # which is how a new constant becomes fake
+        if real and tensors and not any(isinstance(tensor, (FakeTensor, DTensor)) for tensor in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -82,21 +97,34 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def simulate_job(config: JobConfig) -> Prediction:
-    """Run ``config``'s training step on this fake rank."""
+def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
+    """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
     config.debug.seed = config.debug.seed or 0  # a seed drawn at random would be read back
     config.activation_checkpoint.preserve_rng_state = False  # no random numbers on the simulated device
     config.metrics.log_freq = STEPS + 1
     moments = Moments()
     with FakeTensorMode(), Meter(moments) as meter:
         trainer = DryTrainer(config)
+        (model,) = trainer.model_parts
+        for module in model.modules():
+            if isinstance(module, ContextParallelAttention):
+                module.method.attention.kernel.workspace = workspace  # type: ignore[attr-defined]
         meter.restart()
         trainer.step = 2  # TorchTitan logs the first step
-        with moments.watching(trainer.model_parts[0], meter):
+        with moments.watching(model, meter):
             trainer.run()
         trainer.close()
     device, host = meter.usage[SIMULATED], meter.usage["cpu"]
     return Prediction(device.peak, host.peak, device.at_peak, host.at_peak, device.moment)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The prediction that ``request`` (a ``DryRun`` as a dictionary) asks for, or the sentence that refuses the job."""
+    with fake_ranks(request["rank"], request["world_size"]):
+        try:
+            return dataclasses.asdict(simulate_job(read_job(request["args"]), request["workspace"]))
+        except ValueError as error:
+            return {"error": str(error)}
 
 
 def main() -> None:
@@ -104,10 +132,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     with Path(sys.argv[1]).open("w") as answers:
         for line in sys.stdin:
-            request = json.loads(line)
-            with fake_ranks(request["rank"], request["world_size"]):
-                prediction = simulate_job(read_job(request["args"]))
-            print(json.dumps(dataclasses.asdict(prediction)), file=answers, flush=True)
+            print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
