@@ -37,13 +37,14 @@ class Unobserved:
 
 @dataclass
 class Usage:
-    """Bytes on one kind of device: now, by category, and at the peak."""
+    """Bytes on one kind of device: now, by category, at the peak, and the most at each moment."""
 
     live: int = 0
     categories: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     moment: str = ""
+    moments: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,7 +92,8 @@ class LiveBytes(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the peaks so far."""
         for usage in self.usage.values():
-            self._note_peak(usage, force=True)
+            usage.peak, usage.moments = 0, {}
+            self._note_peak(usage)
 
     def retag(self, category: str, *tensors: torch.Tensor) -> None:
         """Count the storages of ``tensors`` under ``category`` from now on."""
@@ -162,12 +164,15 @@ class LiveBytes(TorchDispatchMode):
         entry.size += size
         usage.live += size
         usage.categories[entry.category] += size
-        self._note_peak(usage)
+        if size > 0:
+            self._note_peak(usage)
 
-    def _note_peak(self, usage: Usage, force: bool = False) -> None:
-        if usage.live > usage.peak or force:
+    def _note_peak(self, usage: Usage) -> None:
+        moment = self.observer.moment()
+        usage.moments[moment] = max(usage.moments.get(moment, 0), usage.live)
+        if usage.live > usage.peak:
             usage.peak, usage.at_peak = usage.live, {k: v for k, v in usage.categories.items() if v}
-            usage.moment = self.observer.moment()
+            usage.moment = moment
 
     def _move(self, entry: _Entry, category: str) -> None:
         self.usage[entry.device].categories[entry.category] -= entry.size

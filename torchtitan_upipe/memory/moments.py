@@ -36,7 +36,7 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.phase = "setup"
+        self.phase = "batch"
         self._forward: list[str] = []
         self._backward: list[str] = []
         self._weight_shapes: set[tuple[int, ...]] = set()
@@ -114,6 +114,8 @@ class _Part:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.name in self.moments._forward:
             self.moments._forward.remove(self.name)
+        if not _in_backward():
+            self.moments.phase = "loss forward" if self.name in HEAD else "forward"
         if self.category:
             self.meter.retag_since(self.before, self.category, "saved")
         for tensor in tree_iter(output):

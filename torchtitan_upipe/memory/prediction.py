@@ -29,6 +29,7 @@ class Prediction:
         by_category: parts of ``device_bytes``; the keys are among :data:`CATEGORIES`.
         host_by_category: parts of ``host_bytes``.
         moment: what runs at the device's peak, e.g. ``"layers.7.attention backward"``.
+        moments: the most device bytes at each moment.
     """
 
     device_bytes: int
@@ -36,3 +37,4 @@ class Prediction:
     by_category: dict[str, int] = field(default_factory=dict)
     host_by_category: dict[str, int] = field(default_factory=dict)
     moment: str = ""
+    moments: dict[str, int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed._tools.fake_collectives  # noqa: E402, F401  (collectives on fake tensors)
 from torch import Tensor  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
@@ -64,6 +66,23 @@ class Meter(LiveBytes):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """What ``aten::_fused_rms_norm`` allocates, CUDA's operator; other devices have a composite one that keeps more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Normalised ``x``, with its scale kept."""
+        scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``x`` and ``weight``."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 class DryTrainer(Trainer):
     """The trainer of ``train.py`` without data and log, and with a mesh made of real tensors."""
 
@@ -74,9 +93,10 @@ class DryTrainer(Trainer):
             dims.build_mesh()
         return dims
 
-    def run(self) -> None:
+    def run(self, moments: Moments) -> None:
         """The steps of a dry run, on a batch of any tokens."""
         for _ in range(STEPS):
+            moments.phase = "batch"
             self.train_step(self.batch_generator(self._batches()))
 
     def _batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -97,6 +117,24 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` out of sight: DTensor infers shapes with whole tensors that are fake in real runs, too."""
+
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+def stand_in_for_device() -> None:
+    """Replace, in this process, what would behave otherwise on a real device."""
+    torch.rms_norm = lambda x, shape, weight, eps=None: FusedRMSNorm.apply(x, weight)  # type: ignore[assignment, misc]
+    infer_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
+    ShardingPropagator._propagate_tensor_meta_non_cached = unwatched(infer_shapes)  # type: ignore[method-assign]
+    logging.disable(logging.INFO)
+
+
 def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
     """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
     config.debug.seed = config.debug.seed or 0  # a seed drawn at random would be read back
@@ -112,10 +150,10 @@ def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
         meter.restart()
         trainer.step = 2  # TorchTitan logs the first step
         with moments.watching(model, meter):
-            trainer.run()
+            trainer.run(moments)
         trainer.close()
     device, host = meter.usage[SIMULATED], meter.usage["cpu"]
-    return Prediction(device.peak, host.peak, device.at_peak, host.at_peak, device.moment)
+    return Prediction(device.peak, host.peak, device.at_peak, host.at_peak, device.moment, device.moments)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +167,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Simulate what standard input asks for."""
+    stand_in_for_device()
     logging.disable(logging.INFO)
     with Path(sys.argv[1]).open("w") as answers:
         for line in sys.stdin:
