@@ -1,0 +1,137 @@
+"""The ledger: one rank's memory over one training step, by formulas. Allocates nothing and takes milliseconds.
+
+The formulas are written as what is held and freed, in the order of the real code; ``dry_run.py`` is the other leg.
+"""
+
+from __future__ import annotations
+
+from torchtitan.config import JobConfig
+
+from torchtitan_upipe.memory.account import Account, Block
+from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward, head_forward
+from torchtitan_upipe.memory.prediction import Prediction
+from torchtitan_upipe.memory.shape import JobShape, job_shape
+from torchtitan_upipe.memory.shards_bytes import ShardsBytes
+
+
+def predict(
+    config: JobConfig, world_size: int | None = None, rank: int = 0, workspace: bool = True
+) -> Prediction:
+    """Predict one rank's peak memory over a training step of ``config``.
+
+    Args:
+        world_size: ranks of the job; by default what started this process says, else what the parallel degrees need.
+        rank: the rank that is looked at.
+        workspace: count what the attention kernel's backward holds beside its results (``kernels/simulated.py``).
+    """
+    return predict_shape(job_shape(config, world_size, rank, workspace))
+
+
+def predict_shape(job: JobShape) -> Prediction:
+    """Predict the peak of a job given by its shape."""
+    account = Account()
+    _Step(account, job).run()
+    return Prediction(
+        account.peak,
+        account.host_peak,
+        account.at_peak,
+        account.host_at_peak,
+        account.peak_moment,
+        account.moments,
+    )
+
+
+class _Step:
+    """One training step of one rank, steady state."""
+
+    def __init__(self, account: Account, job: JobShape) -> None:
+        model = job.model
+        self.account = account
+        self.job = job
+        self.block = BlockBytes(account, job)
+        self.shards = ShardsBytes(account, job)
+        embedding, norm = (model.vocab, model.dim), (model.dim,)
+        self.embedding = [] if model.tied else [embedding]
+        self.head = [norm, embedding]
+        self.names = [f"layers.{i}" for i in range(model.layers)]
+
+    def run(self) -> None:
+        """Hold and free what a step does."""
+        account, job, shards = self.account, self.job, self.shards
+        weights = [*self.embedding, *list(job.model.block) * job.model.layers, *self.head]
+        account.hold(shards.shard(weights, job.stored), "parameters")
+        account.hold(2 * shards.shard(weights, job.stored), "optimizer")
+        account.hold(job.length * job.model.rope_bytes_per_token, "other")
+        account.hold(2 * 8 * job.batch * job.length, "other", host=True)
+        account.hold(2 * 8 * job.batch * job.length, "other")
+        if job.positions:
+            account.hold(3 * 8 * job.rows, "other")
+        gradient = self._backward(*self._forward())
+        account.free(gradient)
+        with account.during("optimizer step", "optimizer"):
+            account.hold(0)
+
+    def _forward(self) -> tuple[list[Block], list[Kept], list[Block], list[Block]]:
+        account, shards, job = self.account, self.shards, self.job
+        with account.during("tok_embeddings forward", "block inputs"):
+            weights = shards.gather_forward(self.embedding)
+            hidden = [account.hold(job.hidden)]
+            account.free(*weights)
+        kept = []
+        for name in self.names:
+            with account.during(f"{name} forward", "block inputs"):
+                weights = shards.gather_forward(job.model.block)
+            y, of_block = self.block.forward(name)
+            if job.checkpoint:
+                of_block = self._checkpointed(of_block)
+            kept.append(of_block)
+            hidden.append(y)
+            account.free(*weights)
+        with account.during("norm forward", "loss"):
+            weights = shards.gather_forward(self.head)  # not resharded: backward begins with them
+        return hidden, kept, head_forward(account, job), weights
+
+    def _checkpointed(self, kept: Kept) -> Kept:
+        """What is left of a block's first run: the stash, and what hangs on the layer's context."""
+        free = [*kept.norms, *kept.normed, *kept.feed_forward, *kept.middle]
+        if self.job.method == "upipe":
+            stays = Kept(attention=kept.attention)
+        else:
+            stays, free = Kept(), free + kept.attention
+        self.account.free(*free)
+        return stays
+
+    def _backward(
+        self, hidden: list[Block], kept: list[Kept], of_head: list[Block], weights: list[Block]
+    ) -> Block:
+        account, shards, job = self.account, self.shards, self.job
+        blocks = [job.model.block] * job.model.layers
+        with account.during("loss backward", "loss"):
+            shards.send_for(job.model.block)
+        dy, d_output = head_backward(account, job, of_head)
+        account.free(hidden.pop())
+        with account.during("norm backward", "loss"):
+            shards.reduce(self.head, weights, [d_output])
+        for index in reversed(range(job.model.layers)):
+            name = self.names[index]
+            with account.during(f"{name} backward", "block inputs"):
+                following = blocks[index - 1] if index else self.embedding
+                weights = shards.gather_backward(job.model.block, following)
+            of_block = kept.pop()
+            if job.checkpoint:
+                stash = of_block.attention
+                y, again = self.block.forward(name, "second forward", stash[1:])
+                account.free(y)
+                if job.method == "upipe":  # the first run's context goes on
+                    account.free(again.attention[0])
+                    again.attention = stash
+                of_block = again
+            dy, gradients = self.block.backward(name, dy, of_block)
+            account.free(hidden.pop())
+            with account.during(f"{name} backward", "block inputs"):
+                shards.reduce(job.model.block, weights, gradients)
+        with account.during("tok_embeddings backward", "block inputs"):
+            d_embedding = [account.hold(job.model.vocab * job.model.dim * job.element, "gradients")]
+            shards.reduce(self.embedding, [], d_embedding)
+        shards.finish()
+        return dy
