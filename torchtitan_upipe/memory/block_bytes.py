@@ -22,6 +22,7 @@ class Kept:
     normed: list[Block] = field(default_factory=list)  # inputs of attention and feed-forward
     feed_forward: list[Block] = field(default_factory=list)
     middle: list[Block] = field(default_factory=list)  # the sum after attention
+    table: list[Block] = field(default_factory=list)  # FSDP2's cast of the position table
 
 
 class BlockBytes:
@@ -44,20 +45,47 @@ class BlockBytes:
         else:
             self.attention = UlyssesBytes(account, job)
 
+    def first_run(self, name: str) -> tuple[Block, list[Block]]:
+        """The forward pass of a block that will run again: its output, and what outlives the run all the same."""
+        account, job = self.account, self.job
+        with account.during(f"{name}.attention_norm forward", "block inputs"):
+            n, scale = account.hold(job.hidden), account.hold(4 * job.rows)
+        account.free(scale)
+        with account.during(f"{name}.attention forward", "attention stage"):
+            y, stays = self._attention_forward(keep=False)
+            account.retag("block inputs", y)
+            account.retag("saved", *stays)
+        account.free(n)
+        with account.during(f"{name} forward", "block inputs"):
+            h = account.hold(job.hidden)
+            account.free(y)
+        with account.during(f"{name}.ffn_norm forward", "block inputs"):
+            n, scale = account.hold(job.hidden), account.hold(4 * job.rows)
+        account.free(scale)
+        with account.during(f"{name}.feed_forward forward", "tiles"):
+            account.brief(self.inner, self.inner, self.inner)  # silu, w3 and their product
+            out = account.hold(job.hidden, "block inputs")
+        account.free(n)
+        with account.during(f"{name} forward", "block inputs"):
+            y = account.hold(job.hidden)
+        account.free(out, h)
+        return y, stays
+
     def forward(self, name: str, run: str = "forward", stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
         """From the block's input, which the caller holds, to its output, with all that autograd keeps.
 
         Args:
             name: e.g. ``"layers.3"``.
-            run: ``"forward"`` or ``"second forward"``.
+            run: ``"forward"`` or ``"second forward"``, which ends with the last tensor to be kept.
             stash: of the first run.
         """
         account, job, kept = self.account, self.job, Kept()
+        again = run != "forward"
         with account.during(f"{name}.attention_norm {run}", "block inputs"):
             kept.normed.append(account.hold(job.hidden))
             kept.norms.append(account.hold(4 * job.rows, "saved"))
         with account.during(f"{name}.attention {run}", "attention stage"):
-            y, kept.attention = self._attention_forward(stash)
+            y, kept.attention = self._attention_forward(stash=stash)
             account.retag("block inputs", y)
             account.retag("saved", *kept.attention)
         with account.during(f"{name} {run}", "block inputs"):
@@ -69,10 +97,9 @@ class BlockBytes:
         with account.during(f"{name}.feed_forward {run}", "tiles"):
             kept.feed_forward = [account.hold(self.inner) for _ in range(4)]  # w1, silu, w3, product
             account.retag("saved", *kept.feed_forward)
-            last = run == "forward"  # the second run ends with the last tensor that is kept
-            out = account.hold(job.hidden if last else 0, "block inputs")
+            out = account.hold(0 if again else job.hidden, "block inputs")
         with account.during(f"{name} {run}", "block inputs"):
-            y = account.hold(job.hidden if last else 0)
+            y = account.hold(0 if again else job.hidden)
             account.free(out)
         return y, kept
 
@@ -87,7 +114,7 @@ class BlockBytes:
             total = account.hold(job.hidden)
             account.free(dh, dy, kept.norms[1], kept.normed[1], *kept.middle)
         with account.during(f"{name}.attention backward", "attention stage"):
-            dn, of_attention = self._attention_backward(kept.attention)
+            dn, of_attention = self.attention.backward(kept.attention)
         with account.during(f"{name} backward", "block inputs"):
             dx = account.hold(job.hidden)
             account.free(dn)
@@ -95,13 +122,10 @@ class BlockBytes:
             account.free(dx, total, kept.norms[0], kept.normed[0])
         return result, [*weights, *of_attention]
 
-    def _attention_forward(self, stash: Sequence[Block]) -> tuple[Block, list[Block]]:
+    def _attention_forward(self, keep: bool = True, stash: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
         if isinstance(self.attention, UPipeBytes):
-            return self.attention.forward(stash)
-        return self.attention.forward()
-
-    def _attention_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
-        return self.attention.backward(kept)
+            return self.attention.forward(stash)  # what it keeps hangs on its context
+        return self.attention.forward(keep)
 
     def _feed_forward_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         account, hidden, inner = self.account, self.job.hidden, self.inner

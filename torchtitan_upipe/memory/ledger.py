@@ -79,27 +79,28 @@ class _Step:
             account.free(*weights)
         kept = []
         for name in self.names:
-            with account.during(f"{name} forward", "block inputs"):
+            with account.during(f"{name}.attention_norm forward", "block inputs"):
                 weights = shards.gather_forward(job.model.block)
-            y, of_block = self.block.forward(name)
+                table = account.hold(self._cast_table(), "communication")
             if job.checkpoint:
-                of_block = self._checkpointed(of_block)
-            kept.append(of_block)
+                y, stays = self.block.first_run(name)
+                kept.append(Kept(attention=stays, table=[table]))
+            else:
+                y, of_block = self.block.forward(name)
+                kept.append(of_block)
+                account.free(table)
             hidden.append(y)
             account.free(*weights)
         with account.during("norm forward", "loss"):
             weights = shards.gather_forward(self.head)  # not resharded: backward begins with them
         return hidden, kept, head_forward(account, job), weights
 
-    def _checkpointed(self, kept: Kept) -> Kept:
-        """What is left of a block's first run: the stash, and what hangs on the layer's context."""
-        free = [*kept.norms, *kept.normed, *kept.feed_forward, *kept.middle]
-        if self.job.method == "upipe":
-            stays = Kept(attention=kept.attention)
-        else:
-            stays, free = Kept(), free + kept.attention
-        self.account.free(*free)
-        return stays
+    def _cast_table(self) -> int:
+        """FSDP2 casts a block's floating-point arguments: Qwen3's position table is one, Llama3's is complex."""
+        job = self.job
+        if job.shards == 1 or job.element == 4 or job.model.interleaved:
+            return 0
+        return job.length * job.model.rope_bytes_per_token * job.element // 4
 
     def _backward(
         self, hidden: list[Block], kept: list[Kept], of_head: list[Block], weights: list[Block]
@@ -114,14 +115,14 @@ class _Step:
             shards.reduce(self.head, weights, [d_output])
         for index in reversed(range(job.model.layers)):
             name = self.names[index]
-            with account.during(f"{name} backward", "block inputs"):
+            with account.during(f"{name}.feed_forward backward", "block inputs"):
                 following = blocks[index - 1] if index else self.embedding
                 weights = shards.gather_backward(job.model.block, following)
             of_block = kept.pop()
             if job.checkpoint:
                 stash = of_block.attention
                 y, again = self.block.forward(name, "second forward", stash[1:])
-                account.free(y)
+                account.free(y, *of_block.table)
                 if job.method == "upipe":  # the first run's context goes on
                     account.free(again.attention[0])
                     again.attention = stash

@@ -127,12 +127,18 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def stand_in_for_device() -> None:
-    """Replace, in this process, what would behave otherwise on a real device."""
+def stand_in_for_device() -> torch.library.Library:
+    """Replace, in this process, what would behave otherwise on a real device.
+
+    Returns:
+        Operators of the simulated device, there as long as this is held.
+    """
     torch.rms_norm = lambda x, shape, weight, eps=None: FusedRMSNorm.apply(x, weight)  # type: ignore[assignment, misc]
     infer_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
     ShardingPropagator._propagate_tensor_meta_non_cached = unwatched(infer_shapes)  # type: ignore[method-assign]
-    logging.disable(logging.INFO)
+    operators = torch.library.Library("aten", "IMPL")
+    operators.impl("silu_backward", lambda grad, x: torch.empty_like(x), "PrivateUse1")  # else a composite of four
+    return operators
 
 
 def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
@@ -167,7 +173,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Simulate what standard input asks for."""
-    stand_in_for_device()
+    operators = stand_in_for_device()  # noqa: F841  (held)
     logging.disable(logging.INFO)
     with Path(sys.argv[1]).open("w") as answers:
         for line in sys.stdin:

@@ -74,13 +74,18 @@ class UlyssesBytes:
         # output projection, exchange
         do = account.hold(self.queries)
         weights = [account.hold(sizes[3], "gradients")]
+        if job.ulysses > 1:
+            *kept, o = kept
+            account.free(o)
         grads: list[Block] = []
         for stage in self.stages:
             do_heads = self._exchange(do, job.heads(stage.queries.counts[self.at], self._rows(stage)))
+            if stage is self.stages[-1] and do_heads is not do:
+                account.free(do)
             for call in self._calls(stage):
                 grads += self._rounded(call)
-            account.free(do_heads) if do_heads is not do else None
-        account.free(do, *kept)
+            account.free(do_heads)
+        account.free(*kept)
 
         # exchange back: each rank's piece is put into a tensor of all heads, and these are summed
         dx: list[Block] = []
