@@ -19,10 +19,8 @@ JOB_CONFIG_MODULE = "torchtitan_upipe.job_config"
 
 # Fields that users of the design will look for and this version does not have.
 NOT_YET = {
-    "context_parallel.tile_size": "tiling of norm, MLP and loss is not available yet; remove the field",
     "context_parallel.query_tiles": "query tiles are not available yet; remove the field",
     "context_parallel.stash_budget_gib": "the host stash is not available yet; remove the field",
-    "activation_checkpoint.offload": "offloading of block inputs is not available yet; remove the field",
 }
 
 

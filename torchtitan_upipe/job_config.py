@@ -44,6 +44,12 @@ class ContextParallel:
     nothing and computes attention again in backward.
     """
 
+    tile_size: int = 0
+    """
+    Rows per tile of norm, MLP and loss, for every method; 0 = no tiling. 32768 is right for long runs: the tiles' inner
+    tensors stay small beside the hidden states, and the matrix products large.
+    """
+
 
 @dataclass
 class Parallelism(titan.Parallelism):
@@ -68,9 +74,21 @@ class Training(titan.Training):
 
 
 @dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    """TorchTitan's section with one more field."""
+
+    offload: bool = False
+    """
+    With mode = "full": block inputs wait for the backward pass in host memory (pinned on CUDA), moved beside the
+    computation.
+    """
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

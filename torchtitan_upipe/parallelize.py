@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import DDP
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -24,8 +24,11 @@ from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import degrees, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.memory.host_pool import HostPool
+from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
+from torchtitan_upipe.models.tiled import tile_model
 from torchtitan_upipe.validate import validate_job
 
 
@@ -73,8 +76,11 @@ class Parallelize:
         if cp.method != "torchtitan":
             dims = AttachedDims(parallel_dims)
             self._attach(model, parallel_dims, job_config)
-            if job_config.activation_checkpoint.mode == "full":
-                job_config = _checkpoint_blocks(model, job_config)
+        if cp.tile_size:
+            tile_model(model, cp.tile_size)
+            logger.info(f"Norm, feed-forward and loss work in tiles of {cp.tile_size} rows")
+        if job_config.activation_checkpoint.mode == "full":
+            job_config = _checkpoint_blocks(model, job_config)
         with _tied_weights_sharded(model, parallel_dims, job_config):
             model = self.titan_parallelize(model, dims, job_config)
         _sum_replicated_gradients(model)
@@ -136,27 +142,30 @@ def _describe(upipe: UPipe) -> str:
 
 
 def _checkpoint_blocks(model: nn.Module, job_config: JobConfig) -> JobConfig:
-    """Full activation checkpointing with one stash for both runs of a block; TorchTitan's takes no ``context_fn``.
+    """Full activation checkpointing with one stash for both runs of a block, and block inputs on the host if asked.
+
+    TorchTitan's takes no ``context_fn``.
 
     Returns:
         The job for TorchTitan's parallelize function, which must not checkpoint again.
     """
     options = job_config.activation_checkpoint
+    offload = BlockOffload(HostPool()) if options.offload else None
     blocks: Any = model.layers
     for name, block in list(blocks.items()):
-        method = block.attention.method
-        extra: dict[str, Any] = (
-            {"context_fn": _StashForBothRuns(method)} if isinstance(method, UPipe) and method.keep_stash else {}
-        )
-        blocks[name] = checkpoint_wrapper(
-            block,
-            preserve_rng_state=options.preserve_rng_state,
-            determinism_check=options.determinism_check,
-            early_stop=options.early_stop,
-            debug=options.debug,
-            **extra,
-        )
-    logger.info("Applied full activation checkpointing to the model")
+        arguments: dict[str, Any] = {
+            "preserve_rng_state": options.preserve_rng_state,
+            "determinism_check": options.determinism_check,
+            "early_stop": options.early_stop,
+            "debug": options.debug,
+        }
+        method = getattr(block.attention, "method", None)  # TorchTitan's own attention has none
+        if isinstance(method, UPipe) and method.keep_stash:
+            arguments["context_fn"] = _StashForBothRuns(method)
+        blocks[name] = OffloadedBlock(block, offload, **arguments) if offload else CheckpointWrapper(block, **arguments)
+    logger.info(
+        "Applied full activation checkpointing to the model" + (", block inputs in host memory" if offload else "")
+    )
     job_config = copy.deepcopy(job_config)
     job_config.activation_checkpoint.mode = "none"
     return job_config

@@ -31,6 +31,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
+    _check_offload(config)
     _check_device(config, device_type)
     _check_files(config)
     check_kernel(config.context_parallel.attention_kernel, device_type, TORCH_DTYPE_MAP[_attention_dtype(config)])
@@ -69,7 +70,9 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
 
 
 def _check_counts(config: JobConfig, world_size: int) -> None:
-    training = config.training
+    training, tile_size = config.training, config.context_parallel.tile_size
+    if tile_size < 0:
+        raise ValueError(f"context_parallel.tile_size = {tile_size} must be a number of rows, or 0 for no tiling.")
     counts = {
         "training.steps": training.steps,
         "training.local_batch_size": training.local_batch_size,
@@ -161,6 +164,16 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         raise ValueError(
             f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
             "choose the flavor without the suffix."
+        )
+
+
+def _check_offload(config: JobConfig) -> None:
+    checkpointing = config.activation_checkpoint
+    if checkpointing.offload and checkpointing.mode != "full":
+        raise ValueError(
+            f"activation_checkpoint.offload = true moves the inputs of checkpointed blocks, but mode = "
+            f'{checkpointing.mode!r} does not checkpoint every block; set activation_checkpoint.mode = "full" '
+            "or remove offload."
         )
 
 
