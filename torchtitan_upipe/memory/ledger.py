@@ -12,6 +12,7 @@ from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward,
 from torchtitan_upipe.memory.prediction import Prediction
 from torchtitan_upipe.memory.shape import JobShape, job_shape
 from torchtitan_upipe.memory.shards_bytes import ShardsBytes
+from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, tiled_head_backward, tiled_head_forward
 
 
 def predict(
@@ -48,11 +49,12 @@ class _Step:
         model = job.model
         self.account = account
         self.job = job
-        self.block = BlockBytes(account, job)
+        self.block = (TiledBlockBytes if job.tile_size else BlockBytes)(account, job)
         self.shards = ShardsBytes(account, job)
         embedding, norm = (model.vocab, model.dim), (model.dim,)
         self.embedding = [] if model.tied else [embedding]
         self.head = [norm, embedding]
+        self.host: list[Block] = []  # block inputs
         self.names = [f"layers.{i}" for i in range(model.layers)]
 
     def run(self) -> None:
@@ -77,11 +79,13 @@ class _Step:
             weights = shards.gather_forward(self.embedding)
             hidden = [account.hold(job.hidden)]
             account.free(*weights)
-        kept = []
+        kept, host = [], self.host
         for name in self.names:
             with account.during(f"{name}.attention_norm forward", "block inputs"):
                 weights = shards.gather_forward(job.model.block)
                 table = account.hold(self._cast_table(), "communication")
+            if job.offload:
+                host.append(account.hold(job.hidden, "block inputs", host=True))
             if job.checkpoint:
                 y, stays = self.block.first_run(name)
                 kept.append(Kept(attention=stays, table=[table]))
@@ -89,11 +93,29 @@ class _Step:
                 y, of_block = self.block.forward(name)
                 kept.append(of_block)
                 account.free(table)
+            if job.offload:
+                account.free(hidden.pop())
             hidden.append(y)
             account.free(*weights)
         with account.during("norm forward", "loss"):
             weights = shards.gather_forward(self.head)  # not resharded: backward begins with them
-        return hidden, kept, head_forward(account, job), weights
+        if job.tile_size:
+            of_head = tiled_head_forward(account, job)
+            account.free(hidden.pop())
+        else:
+            of_head = head_forward(account, job)
+        return hidden, kept, of_head, weights
+
+    def _fetch_inputs(self, name: str, index: int, hidden: list[Block]) -> None:
+        """The input of block ``index`` back on the device, and that of the block before on its way."""
+        if not self.job.offload:
+            return
+        with self.account.during(f"{name} second forward", "block inputs"):
+            if not hidden:
+                hidden.append(self.account.hold(self.job.hidden))
+            self.account.free(self.host.pop())
+            if index:
+                hidden.insert(0, self.account.hold(self.job.hidden))
 
     def _cast_table(self) -> int:
         """FSDP2 casts a block's floating-point arguments: Qwen3's position table is one, Llama3's is complex."""
@@ -109,8 +131,11 @@ class _Step:
         blocks = [job.model.block] * job.model.layers
         with account.during("loss backward", "loss"):
             shards.send_for(job.model.block)
-        dy, d_output = head_backward(account, job, of_head)
-        account.free(hidden.pop())
+        if job.tile_size:
+            dy, d_output = tiled_head_backward(account, job, of_head)
+        else:
+            dy, d_output = head_backward(account, job, of_head)
+            account.free(hidden.pop())
         with account.during("norm backward", "loss"):
             shards.reduce(self.head, weights, [d_output])
         for index in reversed(range(job.model.layers)):
@@ -119,6 +144,7 @@ class _Step:
                 following = blocks[index - 1] if index else self.embedding
                 weights = shards.gather_backward(job.model.block, following)
             of_block = kept.pop()
+            self._fetch_inputs(name, index, hidden)
             if job.checkpoint:
                 stash = of_block.attention
                 y, again = self.block.forward(name, "second forward", stash[1:])

@@ -109,6 +109,7 @@ class _Part:
         self.before = self.meter.keys() if self.category else set()
         for tensor in tree_iter(args):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
+                self.meter.retag("block inputs", tensor)
                 tensor.register_hook(self.leave_backward)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

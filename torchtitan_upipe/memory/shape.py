@@ -62,7 +62,9 @@ class JobShape:
     method: str
     head_chunk: int
     stash: str
+    tile_size: int
     checkpoint: bool
+    offload: bool
     positions: bool
     workspace: bool
 
@@ -117,7 +119,9 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         method=cp.method,
         head_chunk=cp.head_chunk or model.heads,
         stash=cp.stash,
+        tile_size=cp.tile_size,
         checkpoint=config.activation_checkpoint.mode == "full",
+        offload=config.activation_checkpoint.offload,
         positions=degree > 1 or training.document_mask,
         workspace=workspace,
     )

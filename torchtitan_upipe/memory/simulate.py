@@ -127,6 +127,11 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def fused_log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype) -> Tensor:
+    """Log-softmax without gradient that widens as it reads, as CUDA's does; others make a wide copy first."""
+    return torch.empty_like(x, dtype=dtype)
+
+
 def stand_in_for_device() -> torch.library.Library:
     """Replace, in this process, what would behave otherwise on a real device.
 
@@ -134,6 +139,7 @@ def stand_in_for_device() -> torch.library.Library:
         Operators of the simulated device, there as long as this is held.
     """
     torch.rms_norm = lambda x, shape, weight, eps=None: FusedRMSNorm.apply(x, weight)  # type: ignore[assignment, misc]
+    torch.nn.functional.log_softmax = fused_log_softmax  # type: ignore[assignment]
     infer_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
     ShardingPropagator._propagate_tensor_meta_non_cached = unwatched(infer_shapes)  # type: ignore[method-assign]
     operators = torch.library.Library("aten", "IMPL")
