@@ -235,10 +235,11 @@ class UPipeBytes:
         account, wide = self.account, grad.size * self.wide // self.job.element
         result = rotated(account, self.job, grad.size)
         if self.job.model.qk_norm:
-            copies = [wide, wide] if self.wide != self.job.element else []  # of heads and gradient
-            inner = [account.hold(size) for size in (*copies, wide)]  # and the heads, normed again
-            d_heads = self._rounded(account.hold(wide), grad.size)
-            account.free(result, *inner)
+            copies = [account.hold(wide) for _ in range(2)] if self.wide != self.job.element else []  # heads, gradient
+            normed, d_heads = account.hold(wide), account.hold(wide)
+            account.free(*copies[1:])
+            d_heads = self._rounded(d_heads, grad.size)
+            account.free(result, normed, *copies[:1])
             result = d_heads
         account.free(grad)
         return result

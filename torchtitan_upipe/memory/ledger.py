@@ -64,7 +64,7 @@ class _Step:
         account.hold(shards.shard(weights, job.stored), "parameters")
         account.hold(2 * shards.shard(weights, job.stored), "optimizer")
         account.hold(job.length * job.model.rope_bytes_per_token, "other")
-        account.hold(2 * 8 * job.batch * job.length, "other", host=True)
+        account.hold((2 * job.batch + 1 / job.ring) * 8 * job.length, "other", host=True)  # and positions
         account.hold(2 * 8 * job.batch * job.length, "other")
         if job.positions:
             account.hold(3 * 8 * job.rows, "other")
@@ -148,13 +148,14 @@ class _Step:
             if job.checkpoint:
                 stash = of_block.attention
                 y, again = self.block.forward(name, "second forward", stash[1:])
-                account.free(y, *of_block.table)
+                account.free(y)
+                again.table = of_block.table
                 if job.method == "upipe":  # the first run's context goes on
                     account.free(again.attention[0])
                     again.attention = stash
                 of_block = again
             dy, gradients = self.block.backward(name, dy, of_block)
-            account.free(hidden.pop())
+            account.free(hidden.pop(), *of_block.table)
             with account.during(f"{name} backward", "block inputs"):
                 shards.reduce(job.model.block, weights, gradients)
         with account.during("tok_embeddings backward", "block inputs"):

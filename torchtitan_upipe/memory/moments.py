@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_iter
 from torchtitan_upipe.memory.live_bytes import LiveBytes
 
 # Code that is known by its Python module, whatever part of the model calls it: prefix of module and function -> category, moment.
-CALLERS = {
+CALLERS: dict[str, tuple[str, str | None] | None] = {
+    "torch.utils.checkpoint.": None,  # a second run, whoever has asked for it
     "torch.optim.": ("optimizer", "optimizer step"),
     "torch.distributed.fsdp.": ("communication", None),
     "torchtitan.components.loss": ("loss", "loss forward"),

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed._tools.fake_collectives  # noqa: E402, F401  (collectives on fake tensors)
 from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint.state_dict import _init_optim_state  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
@@ -40,8 +41,8 @@ from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
 from torchtitan_upipe.models.attention import ContextParallelAttention  # noqa: E402
 from torchtitan_upipe.train import Trainer, read_job  # noqa: E402
 
+PACKAGE = Path(__file__).parent.parent
 FUSED = (torch.ops.aten._fused_adam_.default, torch.ops.aten._fused_adamw_.default)
-STEPS = 2  # the first one creates the optimizer's state
 
 
 class Meter(LiveBytes):
@@ -93,13 +94,9 @@ class DryTrainer(Trainer):
             dims.build_mesh()
         return dims
 
-    def run(self, moments: Moments) -> None:
-        """The steps of a dry run, on a batch of any tokens."""
-        for _ in range(STEPS):
-            moments.phase = "batch"
-            self.train_step(self.batch_generator(self._batches()))
 
-    def _batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Any tokens."""
         training = self.job_config.training
         while True:
             tokens = torch.zeros(training.local_batch_size, training.seq_len + 1, dtype=torch.int64)
@@ -147,11 +144,21 @@ def stand_in_for_device() -> torch.library.Library:
     return operators
 
 
-def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
-    """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
+def leave_out_what_holds_nothing(config: JobConfig) -> None:
+    """Cut from a job what costs time, files or random numbers and no memory in a training step."""
     config.debug.seed = config.debug.seed or 0  # a seed drawn at random would be read back
     config.activation_checkpoint.preserve_rng_state = False  # no random numbers on the simulated device
-    config.metrics.log_freq = STEPS + 1
+    config.model.hf_assets_path = str(PACKAGE / "assets/tokenizer")
+    config.training.dataset, config.training.dataset_path = "stdlib", str(PACKAGE / "memory")
+    config.training.document_mask = False  # one document needs the most
+    config.validation.enable = config.checkpoint.enable = config.profiling.enable_profiling = False
+    config.metrics.enable_tensorboard = config.metrics.enable_wandb = False
+    config.metrics.log_freq = 3  # the step taken is 2
+
+
+def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
+    """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
+    leave_out_what_holds_nothing(config)
     moments = Moments()
     with FakeTensorMode(), Meter(moments) as meter:
         trainer = DryTrainer(config)
@@ -159,10 +166,12 @@ def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
         for module in model.modules():
             if isinstance(module, ContextParallelAttention):
                 module.method.attention.kernel.workspace = workspace  # type: ignore[attr-defined]
+        for optimizer in trainer.optimizers:
+            _init_optim_state(optimizer)
         meter.restart()
-        trainer.step = 2  # TorchTitan logs the first step
+        trainer.step = 2  # the first one is logged
         with moments.watching(model, meter):
-            trainer.run(moments)
+            trainer.train_step(trainer.batch_generator(trainer.batches()))
         trainer.close()
     device, host = meter.usage[SIMULATED], meter.usage["cpu"]
     return Prediction(device.peak, host.peak, device.at_peak, host.at_peak, device.moment, device.moments)

@@ -134,16 +134,14 @@ class UlyssesBytes:
         return total
 
     def _rounded(self, call: AttentionBytes) -> list[Block]:
-        grads = call.backward()
-        narrow = [
-            self.account.hold(self.job.heads(heads, rows))
-            for heads, rows in ((call.heads, call.row_count), (call.kv_heads, call.keys), (call.kv_heads, call.keys))
-        ]
-        if all(a.size == b.size for a, b in zip(grads, narrow, strict=True)):
-            self.account.free(*narrow)
-            return grads
-        self.account.free(*grads)
-        return narrow
+        """``dq, dk, dv`` in the dtype of the activations."""
+        rounded = []
+        sizes = ((call.heads, call.row_count), (call.kv_heads, call.keys), (call.kv_heads, call.keys))
+        for grad, size in zip(call.backward(), (self.job.heads(*size) for size in sizes), strict=True):
+            rounded.append(grad if grad.size == size else self.account.hold(size))
+            if grad.size != size:
+                self.account.free(grad)
+        return rounded
 
     def _calls(self, stage: Stage) -> list[AttentionBytes]:
         rows = stage.rows(self.job.tokens).computed_by(self.at)
