@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtitan_upipe.train  # noqa: F401  # before any import of torchtitan
-from tests.jobs import Log, from_seed, job_args, seed_checkpoint, train
+from tests.jobs import Log, job_args, train
 from tests.ranks import run_ranks
 from tests.reference import relative_error
 from tests.test_tiled import Largest
@@ -116,6 +116,9 @@ def test_no_tensor_of_a_model_has_all_logits() -> None:
 # --- trainer ----------------------------------------------------------------------------------------------------------
 
 
+# Runs on the same number of ranks start from the same weights without a seed checkpoint.
+
+
 def assert_same(log: Log, reference: Log, steps: int, validations: int) -> None:
     assert len(log.loss) == len(reference.loss) == steps
     assert len(log.validation) == len(reference.validation) == validations
@@ -126,18 +129,17 @@ def assert_same(log: Log, reference: Log, steps: int, validations: int) -> None:
 
 
 def test_tiles_with_tied_weights_and_validation(tmp_path: Path) -> None:
-    flags = [*from_seed(seed_checkpoint(tmp_path / "seed", **TIED)), "--validation.enable"]
-    options = {**TIED, **UPIPE, **VALIDATION}
-    plain = train(tmp_path / "plain", 2, *flags, **options)
-    assert_same(train(tmp_path / "tiled", 2, *flags, **options, **TILES), plain, steps=10, validations=3)
+    options = {**TIED, **UPIPE, **VALIDATION, "training__steps": 5}
+    plain = train(tmp_path / "plain", 2, "--validation.enable", **options)
+    tiled = train(tmp_path / "tiled", 2, "--validation.enable", **options, **TILES)
+    assert_same(tiled, plain, steps=5, validations=2)
 
 
 def test_every_switch_on_for_twenty_steps(tmp_path: Path) -> None:
     """Tiles, stash and block inputs on the host, under full checkpointing that stops when it has what it needs."""
-    flags = from_seed(seed_checkpoint(tmp_path / "seed", **LLAMA))
     options = {**LLAMA, **UPIPE, "training__steps": 20}
-    plain = train(tmp_path / "plain", 2, *flags, **options)
-    switches = [*flags, OFFLOAD, "--activation_checkpoint.early_stop"]
+    plain = train(tmp_path / "plain", 2, **options)
+    switches = (OFFLOAD, "--activation_checkpoint.early_stop")
     assert_same(train(tmp_path / "all", 2, *switches, **options, **FULL, **TILES), plain, steps=20, validations=0)
 
 

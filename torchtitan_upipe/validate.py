@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols import BaseModelArgs
 
@@ -34,12 +35,13 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_offload(config)
     _check_device(config, device_type)
     _check_files(config)
-    check_kernel(config.context_parallel.attention_kernel, device_type, TORCH_DTYPE_MAP[_attention_dtype(config)])
+    check_kernel(config.context_parallel.attention_kernel, device_type, attention_dtype(config))
 
 
-def _attention_dtype(config: JobConfig) -> str:
+def attention_dtype(config: JobConfig) -> torch.dtype:
+    """The dtype of hidden states and of the weights that meet them."""
     training = config.training
-    return "bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param
+    return TORCH_DTYPE_MAP["bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param]
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
@@ -135,6 +137,22 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
             'heads at once; remove it or set method = "upipe".'
         )
     check_heads(num_heads, num_kv_heads, cp.head_chunk or num_heads)
+    tokens = config.training.seq_len // config.parallelism.context_parallel_degree
+    if not 1 <= cp.query_tiles <= tokens:
+        raise ValueError(
+            f"query_tiles = {cp.query_tiles} must be between 1 and {tokens}, the tokens of a rank; "
+            f"nearest: {min(max(cp.query_tiles, 1), tokens)}."
+        )
+    if cp.query_tiles > 1 and cp.method != "upipe":
+        raise ValueError(
+            f'query_tiles = {cp.query_tiles} has no meaning for method = "{cp.method}"; remove it or set '
+            'method = "upipe".'
+        )
+    if cp.stash_budget_gib < 0 or (cp.stash_budget_gib and cp.stash != "host"):
+        raise ValueError(
+            f'stash_budget_gib = {cp.stash_budget_gib:g} limits host memory for stash = "host", and stash = '
+            f'"{cp.stash}"; set it to a positive number with stash = "host", or remove it.'
+        )
 
 
 def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:

@@ -89,6 +89,17 @@ class HostCopy:
             self._fetched = torch.empty_like(self._host, device=self._device, pin_memory=False)
             self._copy(self._fetched, self._host)
 
+    def read(self, rows: slice) -> Tensor:
+        """The rows ``[:, rows]`` of the tensor, copied to the device; the host keeps all.
+
+        Raises:
+            RuntimeError: after :meth:`get`.
+        """
+        if self._buffer is None:
+            raise RuntimeError("a tensor kept in host memory is read after its buffer was given back.")
+        self.settle()
+        return self._host[:, rows].to(self._device, non_blocking=True)
+
     def get(self) -> Tensor:
         """The tensor, contiguous on its device again. Its buffer goes back to the pool.
 
