@@ -52,13 +52,19 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    for model, (method, ring), degree, mode in itertools.product(FLAVORS, LAYOUTS, (2, 8), ("none", "full")):
-        if degree > ring and (degree == 8 or model == "llama3_upipe"):
-            yield Case(model, method, ring, degree, mode)
-    tiles = ("--context_parallel.tile_size", "512")
-    for model, method in itertools.product(FLAVORS, ("upipe", "ulysses")):
-        yield Case(model, method, 1, 8, "none", tiles)
-        yield Case(model, method, 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
+    for (method, ring), mode in itertools.product(LAYOUTS, ("none", "full")):
+        yield Case("llama3_upipe", method, ring, 8, mode)
+    for method, ring in LAYOUTS:
+        yield Case("qwen3_upipe", method, ring, 8, "none" if ring > 1 else "full")
+        if ring == 1:
+            yield Case("qwen3_upipe" if method == "ring" else "llama3_upipe", method, ring, 2, "full")
+    tiles, host = ("--context_parallel.tile_size", "512"), ("--context_parallel.stash", "host")
+    for model in FLAVORS:
+        yield Case(model, "ulysses", 1, 8, "none", tiles)
+        yield Case(model, "ulysses", 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
+        yield Case(model, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
+        yield Case(model, "upipe", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
+    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
 
 
 CASES = list(cases())

@@ -29,6 +29,7 @@ from torchtitan.tools.utils import device_type  # noqa: E402
 from torchtitan_upipe.config import load_config  # noqa: E402
 from torchtitan_upipe.data.batch import shard_batch  # noqa: E402
 from torchtitan_upipe.models.tiled import summed_loss  # noqa: E402
+from torchtitan_upipe.memory.shape import needed_ranks  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
 
@@ -61,8 +62,13 @@ class Trainer(torchtitan.train.Trainer):
         return loss
 
 
-def read_job(args: Sequence[str]) -> JobConfig:
+def read_job(args: Sequence[str], world_size: int | None = None, device: str = device_type) -> JobConfig:
     """Read and check the job that the command line describes.
+
+    Args:
+        args: the command line without the program.
+        world_size: ranks of the job; 0 = as many as its degrees need; by default what started this process says.
+        device: type of the device it is meant for; by default this machine's.
 
     Raises:
         ValueError: with one sentence that says what is wrong and how to mend it.
@@ -76,10 +82,11 @@ def read_job(args: Sequence[str]) -> JobConfig:
             f"model.flavor = {config.model.flavor!r} is unknown for {config.model.name}; "
             f"choose one of {', '.join(flavors)}."
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.comm.mode != "default":
-        world_size = int(os.environ.get("NGPU", world_size))
-    validate_job(config, flavors[config.model.flavor], world_size, device_type)
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.comm.mode != "default":
+            world_size = int(os.environ.get("NGPU", world_size))
+    validate_job(config, flavors[config.model.flavor], world_size or needed_ranks(config), device)
     return config
 
 

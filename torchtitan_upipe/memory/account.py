@@ -84,8 +84,10 @@ class Account:
         self.free(*[self.hold(size, category) for size in sizes])
 
     def retag(self, category: str, *blocks: Block) -> None:
-        """Count ``blocks`` under ``category`` from now on."""
+        """Count those of ``blocks`` that are on the device under ``category`` from now on."""
         for block in blocks:
+            if not block.device:
+                continue
             self.live[block.category] -= block.size
             self.live[category] += block.size
             block.category = category

@@ -1,4 +1,4 @@
-"""What an UPipe layer holds, stage by stage: read beside ``cp/upipe.py`` and ``cp/stage.py``, whose order this follows.
+"""What an UPipe layer holds, stage by stage: read beside ``cp/upipe.py``, ``cp/stage.py`` and ``cp/gradients.py``.
 
 Every ``hold`` is a tensor there; what is freed here is what goes out of scope there.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchtitan_upipe.cp.gradients import ROWS
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, Stage
+from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.shards import runs
+from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
 from torchtitan_upipe.memory.shape import JobShape
@@ -17,12 +20,12 @@ from torchtitan_upipe.memory.shape import JobShape
 
 @dataclass
 class KVBytes:
-    """KV heads that arrived together: ``k, v`` and, in backward, the sums of their gradients."""
+    """KV heads that arrived together: ``k, v`` and, in backward, the wide sums of their gradients."""
 
     heads: int
     k: Block
     v: Block
-    grads: list[Block]
+    sums: tuple[Block, ...] = ()
 
 
 class UPipeBytes:
@@ -38,52 +41,51 @@ class UPipeBytes:
         self.account = account
         self.job = job
         self.schedule = schedule
-        self.at = job.rank % job.ulysses
-        self.wide = max(job.element, 4)
+        self.rank = job.rank % job.ulysses
         self.keys = job.length // job.ring
+        self.tiles = query_tiles(job.tokens, job.query_tiles)
 
-    def forward(self, stash: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
+    def forward(self, stash: str, kept: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
         """The layer's forward pass.
 
         Args:
-            stash: of the block's first run; empty where this is the first run.
+            stash: ``"none"``, ``"device"`` or ``"host"``.
+            kept: in the block's second run, what the first has kept.
 
         Returns:
-            ``y``, and what stays for backward beside the layer's input.
+            ``y``, and what is kept: ``o, lse`` of every stage and tile.
         """
-        account, kept = self.account, list(stash)
-        angles = rope_angles(account, self.job)
-        y = account.hold(self.job.rows * self.job.model.dim * self.wide)
+        account, outputs = self.account, list(kept)
+        newest: list[Block] = []  # on their way to the host
         kv: dict[int, KVBytes] = {}
         for index, stage in enumerate(self.schedule.stages):
-            if stash:
-                o = None
-            else:
-                # project and exchange: k, v of a new KV set, then q
-                if any(stage.fetch.counts):
-                    kv[index] = self.fetch_kv(stage)
-                q, projected = self.queries(stage)
+            if kept:
+                break
+            if any(stage.fetch.counts):
+                kv[index] = self.fetch_kv(stage)
+            for tile in self.tiles:
+                q, projected = self.queries(stage, tile)
                 account.free(*projected)
-
-                # attention over the whole sequence
-                o, lse = self.attend(stage, kv)
+                o, lse = self.attend(stage, tile, kv)
                 account.free(q)
-                for block in stage.leave[self.at]:
-                    left = kv.pop(block)
-                    account.free(left.k, left.v)
+                o = self.to_sequence(stage, tile, o)
+                account.free(*newest)
+                newest = []
+                if stash == "host":
+                    newest = [o, lse]
+                    o, lse = (account.hold(block.size, "saved", host=True) for block in newest)
+                outputs += [o, lse]
+            for block in stage.leave[self.rank]:
+                left = kv.pop(block)
+                account.free(left.k, left.v)
+        account.free(*newest)
 
-                # exchange back, stash
-                o = self.to_sequence(stage, o)
-                if self.job.stash == "none":
-                    account.free(lse)
-                else:
-                    kept += [o, lse]
-
-            # project out: the stage's share of y
-            account.brief(self._cut(stage.queries), self.job.hidden)
-            if o is not None and self.job.stash == "none":
-                account.free(o)
-        return self._rounded(y, self.job.hidden), [angles, *kept]
+        y = account.hold(self.job.hidden)
+        self._in_slices(self.job.model.heads, self.schedule.stages[0].queries if stash == "host" else None)
+        if stash == "none":
+            account.free(*outputs)
+            outputs = []
+        return y, outputs
 
     def backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         """The layer's backward pass.
@@ -95,99 +97,110 @@ class UPipeBytes:
             ``dx`` and the whole weights' gradients.
         """
         account, job = self.account, self.job
-        angles, *stash = kept
-        dx = account.hold(job.rows * job.model.dim * self.wide)
-        weights = [account.hold(size, "gradients") for size in attention_weights(job)]
+        *weights, d_wo = [account.hold(size, "gradients") for size in attention_weights(job, wide_output=True)]
+        stashed = list(zip(kept[::2], kept[1::2], strict=True))
+        fetched: tuple[Block, ...] = ()  # ahead, from the host
+        heads: list[Block] = []  # gradients of all stages' heads, for one product at the end
         kv: dict[int, KVBytes] = {}
         for index, stage in enumerate(self.schedule.stages):
             # k, v of a new KV set, again
             if any(stage.fetch.counts):
                 kv[index] = self.fetch_kv(stage)
 
-            # o and lse: from the stash, or attention again
-            if stash:
-                o_tokens, lse, *stash = stash
-                o = self.to_heads(stage, o_tokens)
-                q, projected = None, []
-            else:
-                q, projected = self.queries(stage)
-                o, lse = self.attend(stage, kv)
-                o_tokens = self.to_sequence(stage, o, keep=True)
+            heads.append(account.hold(self._tokens(stage.queries)))
+            for tile in self.tiles:
+                # o and lse: from the stash, or attention again
+                if stashed:
+                    o_tokens, lse = self._fetched(*stashed.pop(0), fetched)
+                    fetched = self._fetch_next(stashed)
+                    o = self.to_heads(stage, tile, o_tokens)
+                    q, projected = None, []
+                else:
+                    q, projected = self.queries(stage, tile)
+                    o, lse = self.attend(stage, tile, kv)
+                    o_tokens = self.to_sequence(stage, tile, o, keep=True)
 
-            # output projection
-            account.brief(self._cut(stage.queries, copied=True))  # columns of dWo
-            if o_tokens is not o:
-                account.free(o_tokens)
-            sent = account.hold(self._tokens(stage.queries))
-            do = self.to_heads(stage, sent)
-            if do is not sent:
-                account.free(sent)
+                # output projection
+                account.brief(self._cut(stage.queries, copied=True))  # columns of dWo
+                if o_tokens is not o:
+                    account.free(o_tokens)
+                columns, d_tokens = account.hold(self._cut(stage.queries)), account.hold(self._tokens(stage.queries, tile))
+                do = self.to_heads(stage, tile, d_tokens)
+                account.free(columns, *([] if do is d_tokens else [d_tokens]))
 
-            # attention
-            if q is None:
-                q, projected = self.queries(stage)
-            dq = self.attend_backward(stage, kv)
-            account.free(do, q, o, lse)
+                # attention
+                if q is None:
+                    q, projected = self.queries(stage, tile)
+                dq = self.attend_backward(stage, tile, kv)
+                account.free(do, q, o, lse)
+
+                # exchange back, undo rope and norm
+                account.free(self.to_sequence(stage, tile, dq))
+                self._transform_in_slices(self._tokens(stage.queries, tile), norm=job.model.qk_norm)
+                account.free(*projected)
 
             # query projection
-            dq = self.to_sequence(stage, dq)
-            dq = self.undo_transform(dq)
-            account.free(*projected)
-            self.add_projection(stage.queries)
-            account.free(dq)
+            account.brief(self._cut(stage.queries), self._cut(stage.queries, copied=True))
 
             # key and value projections, at the end of a KV set, one at a time
             if any(stage.release.counts):
-                leaving = [kv.pop(block) for block in stage.leave[self.at]]
-                for which in (0, 1):
-                    d = self.release(stage, leaving, which)
-                    if which == 0:
-                        projected = [account.hold(self._tokens(stage.release))] if job.model.qk_norm else []
-                        d = self.undo_transform(d)
-                        account.free(*projected)
-                    self.add_projection(stage.release)
-                    account.free(d)
+                leaving = [kv.pop(block) for block in stage.leave[self.rank]]
                 for block in leaving:
-                    account.free(block.k, block.v, *block.grads)
-        account.free(angles)
-        return self._rounded(dx, job.hidden), weights
+                    account.free(block.k, block.v)
+                for which in (0, 1):
+                    heads.append(self.release(stage, leaving, which))
+                    projected = [self.project(stage.release)] if which == 0 and job.model.qk_norm else []
+                    if which == 0:
+                        self._transform_in_slices(self._tokens(stage.release), norm=job.model.qk_norm)
+                    account.brief(self._cut(stage.release, copied=True))
+                    account.free(*projected)
+
+        stacked = account.hold(sum(attention_weights(job)[:3]))
+        dx = account.hold(job.hidden)
+        self._in_slices(job.model.heads + 2 * job.model.kv_heads, None)
+        rounded = account.hold(attention_weights(job)[3], "gradients")
+        account.free(stacked, d_wo, *heads)
+        return dx, [*weights, rounded]
 
     # --- phases -------------------------------------------------------------------------------------------------------
 
-    def queries(self, stage: Stage) -> tuple[Block, list[Block]]:
+    def queries(self, stage: Stage, tile: Interval) -> tuple[Block, list[Block]]:
         """``q`` of this rank, and the projection where a norm's gradient needs it."""
-        projected = self.project(stage.queries)
-        q = self.transform(projected, keep=self.job.model.qk_norm)
-        exchanged = self.to_heads(stage, q)
+        projected = self.project(stage.queries, tile)
+        q = self.transform(projected)
+        exchanged = self.to_heads(stage, tile, q)
         if exchanged is not q:
             self.account.free(q)
-        if self.job.model.qk_norm:
-            return exchanged, [projected]
-        return exchanged, []
+        return exchanged, [] if q is projected else [projected]
 
     def fetch_kv(self, stage: Stage) -> KVBytes:
         """``k, v`` of the KV set that arrives."""
-        k = self.transform(self.project(stage.fetch), keep=False)
+        projected = self.project(stage.fetch)
+        k = self.transform(projected)
+        if k is not projected:
+            self.account.free(projected)
         k = self._keys_to_heads(stage.fetch, k)
         v = self._keys_to_heads(stage.fetch, self.project(stage.fetch))
-        return KVBytes(stage.fetch.counts[self.at], k, v, [])
+        return KVBytes(stage.fetch.counts[self.rank], k, v)
 
-    def attend(self, stage: Stage, kv: dict[int, KVBytes]) -> tuple[Block, Block]:
+    def attend(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> tuple[Block, Block]:
         """``o, lse`` of this rank's heads."""
-        parts = [bytes_.forward() for bytes_, _ in self._calls(stage, kv)]
+        parts = [bytes_.forward() for bytes_, _ in self._calls(stage, tile, kv)]
         if len(parts) == 1:
             return parts[0]
-        joined = tuple(self.account.hold(sum(block.size for block in column)) for column in zip(*parts, strict=True))
+        o, lse = (self.account.hold(sum(block.size for block in column)) for column in zip(*parts, strict=True))
         for part in parts:
             self.account.free(*part)
-        return joined  # type: ignore[return-value]
+        return o, lse
 
-    def attend_backward(self, stage: Stage, kv: dict[int, KVBytes]) -> Block:
-        """``dq``; ``dk`` and ``dv`` join those of their KV set."""
+    def attend_backward(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> Block:
+        """``dq``; ``dk`` and ``dv`` are added to the sums of their KV set."""
         parts = []
-        for bytes_, block in self._calls(stage, kv):
-            dq, *d_kv = bytes_.backward()
-            self._add_gradients(block, bytes_, d_kv)
+        for bytes_, block in self._calls(stage, tile, kv):
+            if not block.sums:
+                size = self.job.heads(block.heads, self.keys, self.job.wide)
+                block.sums = self.account.hold(size), self.account.hold(size)
+            (dq,) = bytes_.backward(into=True)
             parts.append(self._rounded(dq, self.job.heads(bytes_.heads, bytes_.row_count)))
         if len(parts) == 1:
             return parts[0]
@@ -195,82 +208,84 @@ class UPipeBytes:
         self.account.free(*parts)
         return joined
 
-    def to_heads(self, stage: Stage, tokens: Block) -> Block:
+    def to_heads(self, stage: Stage, tile: Interval, tokens: Block) -> Block:
         """Exchange; ``tokens`` stay, or are the result where there is one rank."""
         if self.job.ulysses == 1:
             return tokens
-        received = self.job.heads(stage.queries.counts[self.at], self._row_count(stage))
+        rows = sum(stop - start for start, stop in self._rows(stage, tile))
         send = self.account.hold(tokens.size)
-        result = self.account.hold(received)
+        result = self.account.hold(self.job.heads(stage.queries.counts[self.rank], rows))
         self.account.free(send)
         return result
 
-    def to_sequence(self, stage: Stage, heads: Block, keep: bool = False) -> Block:
+    def to_sequence(self, stage: Stage, tile: Interval, heads: Block, keep: bool = False) -> Block:
         """Exchange back; ``heads`` go unless ``keep``, or are the result where there is one rank."""
         if self.job.ulysses == 1:
             return heads
-        received = self.account.hold(self._tokens(stage.queries))
-        joined = self.account.hold(self._tokens(stage.queries))
-        self.account.free(received)
-        if not keep:
-            self.account.free(heads)
+        received = self.account.hold(self._tokens(stage.queries, tile))
+        joined = self.account.hold(received.size)
+        self.account.free(received, *([] if keep else [heads]))
         return joined
 
-    def project(self, placement: HeadPlacement) -> Block:
+    def project(self, placement: HeadPlacement, tile: Interval | None = None) -> Block:
         """One matrix product for the placement's heads."""
         rows = self.account.hold(self._cut(placement))
-        result = self.account.hold(self._tokens(placement))
+        result = self.account.hold(self._tokens(placement, tile))
         self.account.free(rows)
         return result
 
-    def transform(self, heads: Block, keep: bool) -> Block:
-        """Norm, if any, and RoPE; ``heads`` go unless ``keep``."""
-        normed = [self.account.hold(heads.size)] if self.job.model.qk_norm else []
-        result = rotated(self.account, self.job, heads.size)
-        self.account.free(*normed, *([] if keep else [heads]))
+    def transform(self, heads: Block) -> Block:
+        """RoPE in place, or norm to a new tensor and RoPE there."""
+        result = self.account.hold(heads.size) if self.job.model.qk_norm else heads
+        self._transform_in_slices(heads.size, norm=False)
         return result
-
-    def undo_transform(self, grad: Block) -> Block:
-        """Gradient before RoPE and norm, in place of ``grad``."""
-        account, wide = self.account, grad.size * self.wide // self.job.element
-        result = rotated(account, self.job, grad.size)
-        if self.job.model.qk_norm:
-            copies = [account.hold(wide) for _ in range(2)] if self.wide != self.job.element else []  # heads, gradient
-            normed, d_heads = account.hold(wide), account.hold(wide)
-            account.free(*copies[1:])
-            d_heads = self._rounded(d_heads, grad.size)
-            account.free(result, normed, *copies[:1])
-            result = d_heads
-        account.free(grad)
-        return result
-
-    def add_projection(self, placement: HeadPlacement) -> None:
-        """Rows of a weight's gradient, then the share of ``dx``."""
-        rows = self.account.hold(self._cut(placement))
-        d_rows = self.account.hold(self._cut(placement, copied=True))
-        self.account.brief(self.job.hidden)
-        self.account.free(rows, d_rows)
 
     def release(self, stage: Stage, leaving: Sequence[KVBytes], which: int) -> Block:
-        """``dk`` (0) or ``dv`` (1) of the leaving sets at their tokens' owners; what the sets hold stays."""
-        account, narrow = self.account, [self.job.heads(kv.heads, self.keys) for kv in leaving]
-        wide = [size for kv, size in zip(leaving, narrow, strict=True) if kv.grads[which].size > size]
-        sent = [account.hold(size) for size in wide]
-        if len(leaving) > 1:
-            sent.append(account.hold(sum(narrow)))
-        if self.job.ulysses > 1:
-            sent.append(account.hold(self._tokens(stage.release, copies=True)))  # received
-        result = account.hold(self._tokens(stage.release) * self.wide / self.job.element)  # copies summed
-        account.free(*sent)
+        """``dk`` (0) or ``dv`` (1) of the leaving sets at their tokens' owners; the sums go."""
+        account, sent = self.account, []
+        for kv in leaving:
+            sent.append(self._rounded(kv.sums[which], self.job.heads(kv.heads, self.keys)))
+        if len(sent) > 1:
+            sent.append(account.hold(sum(block.size for block in sent)))
+        received = account.hold(self._tokens(stage.release, copies=True)) if self.job.ulysses > 1 else None
+        copies = len(stage.release.distinct) < sum(stage.release.counts)
+        wide = self.job.wide if copies else self.job.element
+        result = account.hold(self._tokens(stage.release) * wide / self.job.element)
+        account.free(*sent, *([] if received is None else [received]))
         return self._rounded(result, self._tokens(stage.release))
+
+    # --- the stash on the host ----------------------------------------------------------------------------------------
+
+    def _fetched(self, o: Block, lse: Block, ahead: Sequence[Block]) -> tuple[Block, Block]:
+        """``o, lse`` on the device."""
+        if o.device:
+            return o, lse
+        back = ahead or [self.account.hold(block.size) for block in (o, lse)]
+        self.account.free(o, lse)
+        return back[0], back[1]
+
+    def _fetch_next(self, stashed: Sequence[tuple[Block, Block]]) -> tuple[Block, ...]:
+        if not stashed or stashed[0][0].device:
+            return ()
+        return tuple(self.account.hold(block.size) for block in stashed[0])
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
-    def _tokens(self, placement: HeadPlacement, copies: bool = False) -> int:
-        return self.job.heads(sum(placement.counts) if copies else len(placement.distinct))
+    def _in_slices(self, heads: int, from_host: HeadPlacement | None) -> None:
+        """A product over all heads, some rows at a time; the slice before goes when the next one is there."""
+        rows = min(ROWS, max(stop - start for start, stop in self.tiles))
+        slices = 2 if self.job.tokens > rows else 1
+        fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), rows)
+        product = self.job.batch * rows * self.job.model.dim * self.job.element
+        self.account.brief(slices * self.job.heads(heads, rows), max(fetched, product))
 
-    def _row_count(self, stage: Stage) -> int:
-        return sum(stop - start for start, stop in stage.rows(self.job.tokens).computed_by(self.at))
+    def _transform_in_slices(self, size: int, norm: bool) -> None:
+        """Wide temporaries of RoPE for some rows of ``size`` bytes of heads; of the norm's gradient."""
+        transform_in_slices(self.account, self.job, size, norm)
+
+    def _tokens(self, placement: HeadPlacement, tile: Interval | None = None, *, copies: bool = False) -> int:
+        heads = sum(placement.counts) if copies else len(placement.distinct)
+        return self.job.heads(heads, None if tile is None else tile[1] - tile[0])
 
     def _cut(self, placement: HeadPlacement, copied: bool = False) -> int:
         """Rows of a weight for the placement's heads: copied where they are not consecutive."""
@@ -290,12 +305,15 @@ class UPipeBytes:
         if self.job.ulysses == 1:
             return tokens
         send = self.account.hold(self._tokens(placement, copies=True))
-        result = self.account.hold(self.job.heads(placement.counts[self.at], self.keys))
+        result = self.account.hold(self.job.heads(placement.counts[self.rank], self.keys))
         self.account.free(send, tokens)
         return result
 
-    def _calls(self, stage: Stage, kv: dict[int, KVBytes]) -> list[tuple[AttentionBytes, KVBytes]]:
-        rows = stage.rows(self.job.tokens).computed_by(self.at)
+    def _rows(self, stage: Stage, tile: Interval) -> tuple[Interval, ...]:
+        return stage.rows(self.job.tokens, tile).computed_by(self.rank)
+
+    def _calls(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> list[tuple[AttentionBytes, KVBytes]]:
+        rows = self._rows(stage, tile)
         return [
             (
                 AttentionBytes(
@@ -303,43 +321,24 @@ class UPipeBytes:
                 ),
                 kv[call.block],
             )
-            for call in stage.calls[self.at]
+            for call in stage.calls[self.rank]
         ]
 
-    def _add_gradients(self, block: KVBytes, bytes_: AttentionBytes, d_kv: list[Block]) -> None:
-        account, keys = self.account, self.keys
-        if not block.grads:
-            if bytes_.kv_heads == block.heads:
-                block.grads = d_kv
-                return
-            block.grads = [account.hold(self.job.heads(block.heads, keys, self.wide)) for _ in range(2)]
-        narrow = self.job.heads(block.heads, keys)
-        if block.grads[0].size == narrow and self.wide != self.job.element:
-            wide = [account.hold(self.job.heads(block.heads, keys, self.wide)) for _ in range(2)]
-            account.free(*block.grads)
-            block.grads = wide
-        account.free(*d_kv)
+
+def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool = False) -> None:
+    """RoPE of ``size`` bytes of heads, ``ROWS`` tokens at a time in float32; and the gradient of a norm before it."""
+    rows = min(ROWS, job.tokens)
+    wide = size * job.wide / job.element * rows / job.tokens
+    copies = wide if job.element < job.wide else 0
+    again = wide / 2 if job.tokens > rows else 0  # of the slice before
+    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
+    account.brief(copies, 2 * wide, again, angles)
+    if norm:
+        account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
 
 
-def rotated(account: Account, job: JobShape, size: int) -> Block:
-    """RoPE of ``size`` bytes of heads, which stay: a wide copy, two halves, their interleaving; then rounded."""
-    wide = size * max(job.element, 4) // job.element
-    account.brief(*([wide] if job.element < 4 else []), wide, wide / 2)  # copy, halves, a product
-    steps = [account.hold(s) for s in ([wide] if job.element < 4 else []) + [wide, wide]]
-    if job.element < 4:
-        result = account.hold(size)
-        account.free(*steps)
-        return result
-    account.free(steps[0])
-    return steps[1]
-
-
-def rope_angles(account: Account, job: JobShape) -> Block:
-    """Rows of the position table for this rank's tokens."""
-    return account.hold((job.rows if job.positions else job.tokens) * job.model.rope_bytes_per_token)
-
-
-def attention_weights(job: JobShape) -> list[int]:
-    """Bytes of ``wq, wk, wv, wo`` as they are computed with."""
-    width = job.model.head_dim * job.model.dim * job.element
-    return [width * count for count in (job.model.heads, job.model.kv_heads, job.model.kv_heads, job.model.heads)]
+def attention_weights(job: JobShape, wide_output: bool = False) -> list[int]:
+    """Bytes of ``wq, wk, wv, wo`` as they are computed with; the gradient of ``wo`` is summed in float32."""
+    width, model = job.model.head_dim * job.model.dim, job.model
+    elements = (job.element, job.element, job.element, job.wide if wide_output else job.element)
+    return [width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)]

@@ -22,7 +22,6 @@ class Kept:
     normed: list[Block] = field(default_factory=list)  # inputs of attention and feed-forward
     feed_forward: list[Block] = field(default_factory=list)
     middle: list[Block] = field(default_factory=list)  # the sum after attention
-    table: list[Block] = field(default_factory=list)  # FSDP2's cast of the position table
 
 
 class BlockBytes:
@@ -45,14 +44,14 @@ class BlockBytes:
         else:
             self.attention = UlyssesBytes(account, job)
 
-    def first_run(self, name: str) -> tuple[Block, list[Block]]:
+    def first_run(self, index: int) -> tuple[Block, list[Block]]:
         """The forward pass of a block that will run again: its output, and what outlives the run all the same."""
-        account, job = self.account, self.job
+        account, job, name = self.account, self.job, f"layers.{index}"
         with account.during(f"{name}.attention_norm forward", "block inputs"):
             n, scale = account.hold(job.hidden), account.hold(4 * job.rows)
         account.free(scale)
         with account.during(f"{name}.attention forward", "attention stage"):
-            y, stays = self._attention_forward(keep=False)
+            y, stays = self._attention_forward(index, keep=False)
             account.retag("block inputs", y)
             account.retag("saved", *stays)
         account.free(n)
@@ -71,21 +70,21 @@ class BlockBytes:
         account.free(out, h)
         return y, stays
 
-    def forward(self, name: str, run: str = "forward", stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
+    def forward(self, index: int, run: str = "forward", stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
         """From the block's input, which the caller holds, to its output, with all that autograd keeps.
 
         Args:
-            name: e.g. ``"layers.3"``.
+            index: of the block.
             run: ``"forward"`` or ``"second forward"``, which ends with the last tensor to be kept.
             stash: of the first run.
         """
-        account, job, kept = self.account, self.job, Kept()
+        account, job, kept, name = self.account, self.job, Kept(), f"layers.{index}"
         again = run != "forward"
         with account.during(f"{name}.attention_norm {run}", "block inputs"):
             kept.normed.append(account.hold(job.hidden))
             kept.norms.append(account.hold(4 * job.rows, "saved"))
         with account.during(f"{name}.attention {run}", "attention stage"):
-            y, kept.attention = self._attention_forward(stash=stash)
+            y, kept.attention = self._attention_forward(index, stash=stash)
             account.retag("block inputs", y)
             account.retag("saved", *kept.attention)
         with account.during(f"{name} {run}", "block inputs"):
@@ -103,9 +102,9 @@ class BlockBytes:
             account.free(out)
         return y, kept
 
-    def backward(self, name: str, dy: Block, kept: Kept) -> tuple[Block, list[Block]]:
+    def backward(self, index: int, dy: Block, kept: Kept) -> tuple[Block, list[Block]]:
         """From the gradient of the block's output to that of its input, and the whole weights' gradients."""
-        account, job = self.account, self.job
+        account, job, name = self.account, self.job, f"layers.{index}"
         with account.during(f"{name}.feed_forward backward", "tiles"):
             dn, weights = self._feed_forward_backward(kept.feed_forward)
         with account.during(f"{name} backward", "block inputs"):
@@ -122,9 +121,11 @@ class BlockBytes:
             account.free(dx, total, kept.norms[0], kept.normed[0])
         return result, [*weights, *of_attention]
 
-    def _attention_forward(self, keep: bool = True, stash: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
+    def _attention_forward(
+        self, index: int, keep: bool = True, stash: Sequence[Block] = ()
+    ) -> tuple[Block, list[Block]]:
         if isinstance(self.attention, UPipeBytes):
-            return self.attention.forward(stash)  # what it keeps hangs on its context
+            return self.attention.forward(self.job.stash_of(index), stash)  # what it keeps hangs on its context
         return self.attention.forward(keep)
 
     def _feed_forward_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:

@@ -32,7 +32,7 @@ class AttentionBytes:
         self.rows = rows
         self.row_count = sum(stop - start for start, stop in rows)
         self.keys = job.length // job.ring
-        self.wide = max(job.element, 4)
+        self.wide = job.wide
 
     def forward(self) -> tuple[Block, Block]:
         """``out``, ``lse``."""
@@ -47,11 +47,15 @@ class AttentionBytes:
             self.account.free(*part)
         return result
 
-    def backward(self) -> list[Block]:
-        """``dq, dk, dv``."""
+    def backward(self, into: bool = False) -> list[Block]:
+        """``dq, dk, dv``; without the last two where they are added ``into`` sums that the caller holds."""
         if self.job.ring > 1:
-            return self._ring_backward()
-        return self._call_backward(self._pieces(0))
+            dq, *d_kv = self._ring_backward()
+            if into:
+                self.account.free(*d_kv)
+            return [dq] if into else [dq, *d_kv]
+        max_keys = -(-self.keys // self.job.query_tiles) if self.job.query_tiles > 1 else None
+        return self._call_backward(self._pieces(0), into, max_keys)
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
@@ -76,12 +80,17 @@ class AttentionBytes:
     def _merge(self, rows: int) -> None:
         self.account.brief(self._size(rows, self.heads, self.wide), *[self._lse_size(rows)] * 3)
 
-    def _call_backward(self, pieces: Sequence[Piece]) -> list[Block]:
-        calls = [call for piece in pieces for call in rectangles(piece)]
+    def _call_backward(
+        self, pieces: Sequence[Piece], into: bool = False, max_keys: int | None = None
+    ) -> list[Block]:
+        calls = [call for piece in pieces for call in rectangles(piece, max_keys)]
         if len(calls) == 1 and calls[0][:2] == ((0, self.row_count), (0, self.keys)):
-            return self._kernel_backward(calls[0])
+            dq, *d_kv = self._kernel_backward(calls[0])
+            if into:
+                self.account.free(*d_kv)
+            return [dq] if into else [dq, *d_kv]
         grads = [(self.row_count, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
-        totals = [self.account.hold(self._size(*grad, self.wide)) for grad in grads]
+        totals = [self.account.hold(self._size(*grad, self.wide)) for grad in grads[: 1 if into else 3]]
         for call in calls:
             self.account.free(*self._kernel_backward(call))
         return totals

@@ -63,8 +63,9 @@ class _Step:
         weights = [*self.embedding, *list(job.model.block) * job.model.layers, *self.head]
         account.hold(shards.shard(weights, job.stored), "parameters")
         account.hold(2 * shards.shard(weights, job.stored), "optimizer")
-        account.hold(job.length * job.model.rope_bytes_per_token, "other")
-        account.hold((2 * job.batch + 1 / job.ring) * 8 * job.length, "other", host=True)  # and positions
+        batch = [account.hold(8 * job.batch * job.length, "other", host=True) for _ in range(2)]
+        positions = account.hold(8 * job.length / job.ring, "other", host=True)
+        account.free(batch[0], positions)
         account.hold(2 * 8 * job.batch * job.length, "other")
         if job.positions:
             account.hold(3 * 8 * job.rows, "other")
@@ -80,19 +81,17 @@ class _Step:
             hidden = [account.hold(job.hidden)]
             account.free(*weights)
         kept, host = [], self.host
-        for name in self.names:
+        for index, name in enumerate(self.names):
             with account.during(f"{name}.attention_norm forward", "block inputs"):
                 weights = shards.gather_forward(job.model.block)
-                table = account.hold(self._cast_table(), "communication")
             if job.offload:
                 host.append(account.hold(job.hidden, "block inputs", host=True))
             if job.checkpoint:
-                y, stays = self.block.first_run(name)
-                kept.append(Kept(attention=stays, table=[table]))
+                y, stays = self.block.first_run(index)
+                kept.append(Kept(attention=stays))
             else:
-                y, of_block = self.block.forward(name)
+                y, of_block = self.block.forward(index)
                 kept.append(of_block)
-                account.free(table)
             if job.offload:
                 account.free(hidden.pop())
             hidden.append(y)
@@ -117,13 +116,6 @@ class _Step:
             if index:
                 hidden.insert(0, self.account.hold(self.job.hidden))
 
-    def _cast_table(self) -> int:
-        """FSDP2 casts a block's floating-point arguments: Qwen3's position table is one, Llama3's is complex."""
-        job = self.job
-        if job.shards == 1 or job.element == 4 or job.model.interleaved:
-            return 0
-        return job.length * job.model.rope_bytes_per_token * job.element // 4
-
     def _backward(
         self, hidden: list[Block], kept: list[Kept], of_head: list[Block], weights: list[Block]
     ) -> Block:
@@ -146,16 +138,10 @@ class _Step:
             of_block = kept.pop()
             self._fetch_inputs(name, index, hidden)
             if job.checkpoint:
-                stash = of_block.attention
-                y, again = self.block.forward(name, "second forward", stash[1:])
+                y, of_block = self.block.forward(index, "second forward", of_block.attention)
                 account.free(y)
-                again.table = of_block.table
-                if job.method == "upipe":  # the first run's context goes on
-                    account.free(again.attention[0])
-                    again.attention = stash
-                of_block = again
-            dy, gradients = self.block.backward(name, dy, of_block)
-            account.free(hidden.pop(), *of_block.table)
+            dy, gradients = self.block.backward(index, dy, of_block)
+            account.free(hidden.pop())
             with account.during(f"{name} backward", "block inputs"):
                 shards.reduce(job.model.block, weights, gradients)
         with account.during("tok_embeddings backward", "block inputs"):

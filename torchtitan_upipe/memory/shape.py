@@ -27,9 +27,7 @@ class ModelShape:
     inner: int
     vocab: int
     tied: bool
-    interleaved: bool
     qk_norm: bool
-    rope_bytes_per_token: int
     block: tuple[tuple[int, ...], ...]
 
 
@@ -47,6 +45,8 @@ class JobShape:
         element: bytes of an element in which activations are computed.
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
+        stash_budget: host bytes for the stashes of all layers; 0 = no limit.
+        workspace: count what the attention kernel's backward holds beside its results.
     """
 
     model: ModelShape
@@ -61,7 +61,9 @@ class JobShape:
     reduced: int
     method: str
     head_chunk: int
+    query_tiles: int
     stash: str
+    stash_budget: float
     tile_size: int
     checkpoint: bool
     offload: bool
@@ -83,6 +85,18 @@ class JobShape:
         """Bytes of one hidden tensor ``[B, N, D]``."""
         return self.rows * self.model.dim * self.element
 
+    @property
+    def wide(self) -> int:
+        """Bytes of an element of a sum."""
+        return max(self.element, 4)
+
+    def stash_of(self, layer: int) -> str:
+        """What ``layer`` keeps of its stages: with a budget on the host, later layers keep nothing."""
+        if self.stash != "host" or self.stash_budget == 0:
+            return self.stash
+        size = self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
+        return "host" if layer < int(self.stash_budget / size) else "none"
+
     def heads(self, count: int, rows: int | None = None, element: int | None = None) -> int:
         """Bytes of ``[B, rows, count, d]``; ``rows`` are this rank's tokens unless given."""
         return self.batch * (rows or self.tokens) * count * self.model.head_dim * (element or self.element)
@@ -94,12 +108,16 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
     Args:
         world_size: ranks of the job; by default what started this process says, else what the parallel degrees need.
         rank: the rank that is looked at.
-        workspace: count what the attention kernel's backward holds beside its results.
+        workspace: see :class:`JobShape`.
+
+    Raises:
+        ValueError: the method is TorchTitan's own context parallelism.
     """
+    if config.context_parallel.method == "torchtitan":
+        raise ValueError('memory is not predicted for method = "torchtitan"; choose "upipe", "ulysses" or "ring".')
     training, parallel, cp = config.training, config.parallelism, config.context_parallel
     degree = parallel.context_parallel_degree
-    needed = degree * parallel.data_parallel_replicate_degree * max(parallel.data_parallel_shard_degree, 1)
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", needed))
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", needed_ranks(config)))
     shards = world_size // parallel.data_parallel_replicate_degree
     ulysses, ring = degrees(cp.method, degree, cp.ring_degree)
     divisor = length_divisor(ulysses, ring)
@@ -118,13 +136,21 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         reduced=_bytes(training.mixed_precision_reduce),
         method=cp.method,
         head_chunk=cp.head_chunk or model.heads,
+        query_tiles=cp.query_tiles,
         stash=cp.stash,
+        stash_budget=cp.stash_budget_gib * 2**30,
         tile_size=cp.tile_size,
         checkpoint=config.activation_checkpoint.mode == "full",
         offload=config.activation_checkpoint.offload,
         positions=degree > 1 or training.document_mask,
         workspace=workspace,
     )
+
+
+def needed_ranks(config: JobConfig) -> int:
+    """Ranks that the job's degrees multiply to; a sharding degree left open counts as 1."""
+    p = config.parallelism
+    return p.context_parallel_degree * p.data_parallel_replicate_degree * max(p.data_parallel_shard_degree, 1)
 
 
 @cache
@@ -135,7 +161,6 @@ def model_shape(name: str, flavor: str) -> ModelShape:
     with torch.device("meta"):
         model: Any = spec.model_cls(replace(args, n_layers=1))  # type: ignore[call-arg, type-var]
     block = model.layers["0"]
-    (table,) = model.buffers()
     return ModelShape(
         layers=args.n_layers,
         dim=args.dim,
@@ -145,9 +170,7 @@ def model_shape(name: str, flavor: str) -> ModelShape:
         inner=block.feed_forward.w1.out_features,
         vocab=args.vocab_size,
         tied=getattr(args, "enable_weight_tying", False),
-        interleaved=table.is_complex(),
         qk_norm=getattr(block.attention, "q_norm", None) is not None,
-        rope_bytes_per_token=table[0].numel() * table.element_size(),
         block=tuple(tuple(p.shape) for p in block.parameters()),
     )
 

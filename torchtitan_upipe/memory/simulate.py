@@ -181,7 +181,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The prediction that ``request`` (a ``DryRun`` as a dictionary) asks for, or the sentence that refuses the job."""
     with fake_ranks(request["rank"], request["world_size"]):
         try:
-            return dataclasses.asdict(simulate_job(read_job(request["args"]), request["workspace"]))
+            return dataclasses.asdict(simulate_job(read_job(request["args"], request["world_size"]), request["workspace"]))
         except ValueError as error:
             return {"error": str(error)}
 

@@ -16,26 +16,26 @@ class TiledBlockBytes(BlockBytes):
         super().__init__(account, job)
         rows = min(job.tile_size, job.rows)
         self.tile = rows * job.model.dim * job.element
-        self.wide_tile = rows * job.model.dim * max(job.element, 4)
+        self.wide_tile = rows * job.model.dim * job.wide
         self.inner_tile = rows * job.model.inner * job.element
 
-    def first_run(self, name: str) -> tuple[Block, list[Block]]:
+    def first_run(self, index: int) -> tuple[Block, list[Block]]:
         """See :class:`~torchtitan_upipe.memory.block_bytes.BlockBytes`."""
-        y, kept = self._run(name, "forward", keep=False)
+        y, kept = self._run(index, "forward", keep=False)
         self.account.free(*kept.normed, *kept.middle)
         return y, kept.attention
 
-    def forward(self, name: str, run: str = "forward", stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
+    def forward(self, index: int, run: str = "forward", stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
         """See :class:`~torchtitan_upipe.memory.block_bytes.BlockBytes`."""
-        return self._run(name, run, keep=True, stash=stash)
+        return self._run(index, run, keep=True, stash=stash)
 
-    def _run(self, name: str, run: str, keep: bool, stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
-        account, job, kept = self.account, self.job, Kept()
+    def _run(self, index: int, run: str, keep: bool, stash: Sequence[Block] = ()) -> tuple[Block, Kept]:
+        account, job, kept, name = self.account, self.job, Kept(), f"layers.{index}"
         with account.during(f"{name} {run}", "block inputs"):
             kept.normed.append(account.hold(job.hidden))
             account.brief(self.tile, category="tiles")
         with account.during(f"{name}.attention {run}", "attention stage"):
-            y, kept.attention = self._attention_forward(keep, stash)
+            y, kept.attention = self._attention_forward(index, keep, stash)
             account.retag("block inputs", y)
             account.retag("saved", *kept.attention)
         with account.during(f"{name} {run}", "block inputs"):
@@ -49,13 +49,13 @@ class TiledBlockBytes(BlockBytes):
             account.brief(self.tile, self.inner_tile, self.inner_tile, category="tiles")
         return out, kept
 
-    def backward(self, name: str, dy: Block, kept: Kept) -> tuple[Block, list[Block]]:
+    def backward(self, index: int, dy: Block, kept: Kept) -> tuple[Block, list[Block]]:
         """See :class:`~torchtitan_upipe.memory.block_bytes.BlockBytes`."""
-        account, job = self.account, self.job
+        account, job, name = self.account, self.job, f"layers.{index}"
         weight = job.model.inner * job.model.dim
         with account.during(f"{name} backward", "tiles"):
             dh = account.hold(job.hidden, "block inputs")
-            sums = [account.hold(3 * weight * max(job.element, 4), "gradients")]
+            sums = [account.hold(3 * weight * job.wide, "gradients")]
             account.brief(self.tile, *[self.inner_tile] * 5)  # gate, up, activation; gradients of two of them
             account.brief(self.tile, *[self.wide_tile] * 6)  # norm
             weights = sums
@@ -78,7 +78,7 @@ def tiled_head_forward(account: Account, job: JobShape) -> list[Block]:
     """Final norm, logits, loss and all their gradients, tile by tile: the gradients are kept."""
     model = job.model
     rows = min(job.rows, job.tile_size, max(1, job.tile_size * model.inner // model.vocab))
-    wide = max(job.element, 4)
+    wide = job.wide
     with account.during("output forward", "loss"):
         kept = [account.hold(job.hidden), account.hold(model.vocab * model.dim * wide)]
         n = account.hold(rows * model.dim * job.element)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torchtitan_upipe.cp.head_schedule import Stage, build_head_schedule
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.attention_bytes import attention_weights, rope_angles, rotated
+from torchtitan_upipe.memory.attention_bytes import attention_weights, transform_in_slices
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
 from torchtitan_upipe.memory.shape import JobShape
 
@@ -26,7 +26,7 @@ class UlyssesBytes:
     def forward(self, keep: bool = True) -> tuple[Block, list[Block]]:
         """``y``, and what autograd keeps beside the layer's input; nothing unless ``keep``."""
         account, job = self.account, self.job
-        kept = [rope_angles(account, job)]
+        kept: list[Block] = []
 
         # project all heads of this rank's tokens
         q, of_q = self._project(self.queries, transform=True)
@@ -93,10 +93,10 @@ class UlyssesBytes:
         account.free(*grads)
         for d, size, transform in ((dv, sizes[2], False), (dk, sizes[1], True), (dq, sizes[0], True)):
             if transform:
-                wide = max(job.element, 4) * d.size / job.element
-                account.brief(wide, wide, wide)
+                rotated = account.hold(d.size)
+                transform_in_slices(account, job, d.size)
                 account.free(d)
-                d = account.hold(d.size)
+                d = rotated
             dx.append(account.hold(job.hidden))
             weights.append(account.hold(size, "gradients"))
             account.free(d)
@@ -112,7 +112,8 @@ class UlyssesBytes:
         if not transform:
             return projected, []
         normed = [account.hold(size)] if self.job.model.qk_norm else []
-        result = rotated(account, self.job, size)
+        result = account.hold(size)
+        transform_in_slices(account, self.job, size)
         account.free(*normed, *([] if normed else [projected]))
         return result, [projected] if normed else []
 
