@@ -101,7 +101,9 @@ class _Step:
         if job.tile_size:
             of_head = tiled_head_forward(account, job)
             account.free(hidden.pop())
+            shards.end_forward()
         else:
+            shards.end_forward()
             of_head = head_forward(account, job)
         return hidden, kept, of_head, weights
 
@@ -121,12 +123,12 @@ class _Step:
     ) -> Block:
         account, shards, job = self.account, self.shards, self.job
         blocks = [job.model.block] * job.model.layers
-        with account.during("loss backward", "loss"):
-            shards.send_for(job.model.block)
         if job.tile_size:
+            shards.send_for(job.model.block)
             dy, d_output = tiled_head_backward(account, job, of_head)
         else:
             dy, d_output = head_backward(account, job, of_head)
+            shards.send_for(job.model.block)
             account.free(hidden.pop())
         with account.during("norm backward", "loss"):
             shards.reduce(self.head, weights, [d_output])

@@ -66,12 +66,18 @@ class ShardsBytes:
             account.hold(self.shard(shapes, job.stored), "gradients")
             account.free(shard)
 
+    def end_forward(self) -> None:
+        """After the last group's forward: its buffer goes."""
+        if self._buffer is not None:
+            self.account.free(self._buffer)
+            self._buffer = None
+
     def finish(self) -> None:
         """At the end of the backward pass."""
-        for block in (self._buffer, self._ahead, self._reducing):
+        for block in (self._ahead, self._reducing):
             if block is not None:
                 self.account.free(block)
-        self._buffer = self._ahead = self._reducing = None
+        self._ahead = self._reducing = None
 
     def shard(self, shapes: Shapes, element: int) -> int:
         """Bytes of this rank's shards."""

@@ -1,0 +1,140 @@
+"""What fits: the longest context of each method, and the fastest settings for a wanted context, by the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import lcm
+
+from torchtitan_upipe.cp.head_schedule import round_head_chunk
+from torchtitan_upipe.memory.ledger import predict_shape
+from torchtitan_upipe.memory.prediction import Prediction
+from torchtitan_upipe.memory.shape import JobShape
+
+TILE_SIZES = (32768, 16384, 8192)
+QUERY_TILES = (1, 2, 4, 8)
+STASHES = ("device", "host", "none")  # the last computes attention a second time
+LONGEST = 2**28  # tokens; no search goes beyond
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that one rank may use."""
+
+    device: float
+    host: float
+
+    def holds(self, prediction: Prediction) -> bool:
+        """Whether the prediction fits."""
+        return prediction.device_bytes <= self.device and prediction.host_bytes <= self.host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a job and what they need."""
+
+    job: JobShape
+    prediction: Prediction
+
+
+def candidates(job: JobShape) -> Iterator[JobShape]:
+    """Settings of ``job``'s method, fastest first: time grows with recomputing, then transfers, stages and tiles."""
+    full = replace(job, checkpoint=True, tile_size=TILE_SIZES[0])
+    if job.method != "upipe":
+        for offload in (False, True):
+            for tile_size in TILE_SIZES:
+                yield replace(full, offload=offload, tile_size=tile_size)
+        return
+    for stash in STASHES:
+        for offload in (False, True):
+            for tiles in QUERY_TILES:
+                for chunk in head_chunks(job):
+                    yield replace(full, stash=stash, offload=offload, query_tiles=tiles, head_chunk=chunk)
+    smallest = min(head_chunks(job))
+    for stash in STASHES[1:]:
+        for tile_size in TILE_SIZES[1:]:
+            yield replace(
+                full,
+                stash=stash,
+                offload=True,
+                query_tiles=QUERY_TILES[-1],
+                head_chunk=smallest,
+                tile_size=tile_size,
+            )
+
+
+def head_chunks(job: JobShape) -> list[int]:
+    """The head chunks that the schedule does not round, down to one head a rank; largest first."""
+    heads = job.model.heads
+    found = {round_head_chunk(heads, job.ulysses, chunk) for chunk in range(min(job.ulysses, heads), heads + 1)}
+    return sorted((chunk for chunk in found if heads % chunk == 0), reverse=True) or sorted(found, reverse=True)
+
+
+def fastest(job: JobShape, budget: Budget) -> Plan | None:
+    """The first of :func:`candidates` that fits, or None."""
+    for candidate in candidates(job):
+        prediction = predict_shape(candidate)
+        if budget.holds(prediction):
+            return Plan(candidate, prediction)
+    return None
+
+
+def longest(job: JobShape, budget: Budget) -> Plan | None:
+    """The longest context that fits under any of :func:`candidates`, to 1% or one step, and its fastest settings.
+
+    None where not even one step of 1024 tokens a rank fits.
+    """
+    step = 1024 * lcm(job.ulysses * job.ring, 2 * job.ring)
+    least = list(candidates(job))[-1:] + [c for c in candidates(job) if c.offload and c.query_tiles >= job.query_tiles]
+    thrifty = [c for c in least if c.tile_size == TILE_SIZES[-1]] or least
+
+    def fits(steps: int) -> bool:
+        return any(budget.holds(predict_shape(replace(c, length=steps * step))) for c in thrifty)
+
+    low, high = 0, 1
+    while fits(high) and high * step < LONGEST:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return fastest(replace(job, length=low * step), budget) if low else None
+
+
+def choose_head_chunk(job: JobShape, budget: Budget) -> int:
+    """The largest head chunk with which ``job`` fits as it stands.
+
+    Raises:
+        ValueError: none does.
+    """
+    chunks = head_chunks(job)
+    for chunk in chunks:
+        prediction = predict_shape(replace(job, head_chunk=chunk))
+        if budget.holds(prediction):
+            return chunk
+    raise ValueError(
+        f"head_chunk = 0 asks for the largest chunk that fits, and the smallest, {chunks[-1]}, needs "
+        f"{prediction.device_bytes / 2**30:.1f} GiB of the device's {budget.device / 2**30:.1f}; {advice(prediction, job)}."
+    )
+
+
+def advice(prediction: Prediction, job: JobShape) -> str:
+    """The next knob to turn for less memory at the peak of ``prediction``."""
+    largest = max(prediction.by_category, key=lambda name: prediction.by_category[name])
+    activations = {"attention stage", "workspace"}
+    if job.tile_size == 0 and largest in {"loss", "tiles", "saved"}:
+        return f'set context_parallel.tile_size = {TILE_SIZES[0]}'
+    if not job.checkpoint:
+        return 'set activation_checkpoint.mode = "full"'
+    if largest == "saved" and job.method == "upipe" and job.stash == "device":
+        return 'set context_parallel.stash = "host"'
+    if largest == "block inputs" and not job.offload:
+        return "set activation_checkpoint.offload = true"
+    if largest in activations and job.method != "upipe":
+        return 'set context_parallel.method = "upipe"'
+    if largest in activations and job.head_chunk > min(head_chunks(job)):
+        return f"set context_parallel.head_chunk = {max(c for c in head_chunks(job) if c < job.head_chunk)}"
+    if largest in activations and job.query_tiles < QUERY_TILES[-1]:
+        return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
+    if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
+        return f"set context_parallel.tile_size = {job.tile_size // 2}"
+    return "use more ranks or a shorter sequence"
