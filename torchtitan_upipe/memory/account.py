@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,12 +63,17 @@ class Account:
             return block
         self.live[block.category] += block.size
         self._total += block.size
-        if self._total > self.moments.get(self._moment, 0):
-            self.moments[self._moment] = self._total
-            if self._total > self.peak:
-                self.peak, self.peak_moment = self._total, self._moment
-                self.at_peak = {k: v for k, v in self.live.items() if v}
+        self.pass_by(0, {})
         return block
+
+    def pass_by(self, size: int, categories: Mapping[str, int]) -> None:
+        """Note that ``size`` bytes more, by ``categories``, are held for a moment; either may be negative."""
+        total = self._total + size
+        if total > self.moments.get(self._moment, 0):
+            self.moments[self._moment] = total
+        if total > self.peak:
+            self.peak, self.peak_moment = total, self._moment
+            self.at_peak = {k: v for k in {**self.live, **categories} if (v := self.live[k] + categories.get(k, 0))}
 
     def free(self, *blocks: Block) -> None:
         """Free what is held."""

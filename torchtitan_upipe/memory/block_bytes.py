@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.memory.account import Account, Block
@@ -24,6 +25,19 @@ class Kept:
     middle: list[Block] = field(default_factory=list)  # the sum after attention
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """A walk through an attention layer: the most it held above its start, and what it left."""
+
+    peak: int
+    at_peak: dict[str, int]
+    left: list[Block]
+
+
+def _flat(results: tuple[Block, list[Block]]) -> list[Block]:
+    return [results[0], *results[1]]
+
+
 class BlockBytes:
     """The account of one Transformer block.
 
@@ -33,16 +47,10 @@ class BlockBytes:
     """
 
     def __init__(self, account: Account, job: JobShape) -> None:
-        model = job.model
         self.account = account
         self.job = job
-        self.inner = job.rows * model.inner * job.element
-        self.attention: UPipeBytes | UlyssesBytes
-        if job.method == "upipe":
-            schedule = build_head_schedule(model.heads, model.kv_heads, job.ulysses, job.head_chunk)
-            self.attention = UPipeBytes(account, job, schedule)
-        else:
-            self.attention = UlyssesBytes(account, job)
+        self.inner = job.rows * job.model.inner * job.element
+        self._walks: dict[Any, _Walk] = {}
 
     def first_run(self, index: int) -> tuple[Block, list[Block]]:
         """The forward pass of a block that will run again: its output, and what outlives the run all the same."""
@@ -51,7 +59,7 @@ class BlockBytes:
             n, scale = account.hold(job.hidden), account.hold(4 * job.rows)
         account.free(scale)
         with account.during(f"{name}.attention forward", "attention stage"):
-            y, stays = self._attention_forward(index, keep=False)
+            y, stays = self.attention_forward(index, keep=False)
             account.retag("block inputs", y)
             account.retag("saved", *stays)
         account.free(n)
@@ -84,7 +92,7 @@ class BlockBytes:
             kept.normed.append(account.hold(job.hidden))
             kept.norms.append(account.hold(4 * job.rows, "saved"))
         with account.during(f"{name}.attention {run}", "attention stage"):
-            y, kept.attention = self._attention_forward(index, stash=stash)
+            y, kept.attention = self.attention_forward(index, stash=stash)
             account.retag("block inputs", y)
             account.retag("saved", *kept.attention)
         with account.during(f"{name} {run}", "block inputs"):
@@ -113,7 +121,7 @@ class BlockBytes:
             total = account.hold(job.hidden)
             account.free(dh, dy, kept.norms[1], kept.normed[1], *kept.middle)
         with account.during(f"{name}.attention backward", "attention stage"):
-            dn, of_attention = self.attention.backward(kept.attention)
+            dn, of_attention = self.attention_backward(kept.attention)
         with account.during(f"{name} backward", "block inputs"):
             dx = account.hold(job.hidden)
             account.free(dn)
@@ -121,12 +129,43 @@ class BlockBytes:
             account.free(dx, total, kept.norms[0], kept.normed[0])
         return result, [*weights, *of_attention]
 
-    def _attention_forward(
+    def attention_forward(
         self, index: int, keep: bool = True, stash: Sequence[Block] = ()
     ) -> tuple[Block, list[Block]]:
-        if isinstance(self.attention, UPipeBytes):
-            return self.attention.forward(self.job.stash_of(index), stash)  # what it keeps hangs on its context
-        return self.attention.forward(keep)
+        """``y``, and what is kept for backward, ``stash`` included."""
+        kind = self.job.stash_of(index)
+        key = ("forward", kind, keep, bool(stash))
+        if self.job.method == "upipe":  # what it keeps hangs on its context
+            if stash:
+                (y,) = self._walk(key, lambda layer: [layer.forward(kind, stash)[0]])
+                return y, list(stash)
+            y, *kept = self._walk(key, lambda layer: _flat(layer.forward(kind)))
+            return y, kept
+        y, *kept = self._walk(key, lambda layer: _flat(layer.forward(keep)))
+        return y, kept
+
+    def attention_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
+        """The gradient of the layer's input, and the whole weights'; frees ``kept``."""
+        copies = [Block(block.category, block.size, block.device) for block in kept]
+        key = ("backward", tuple((block.size, block.device) for block in kept))
+        dx, *weights = self._walk(key, lambda layer: _flat(layer.backward(copies)), kept)
+        return dx, weights
+
+    def _walk(self, key: Any, walk: Callable[[Any], list[Block]], freed: Sequence[Block] = ()) -> list[Block]:
+        """Walk through an attention layer on an account of its own, once for all layers, and take over what it left."""
+        if key not in self._walks:
+            account, job = Account(), self.job
+            with account.during("attention", "attention stage"):
+                if job.method == "upipe":
+                    schedule = build_head_schedule(job.model.heads, job.model.kv_heads, job.ulysses, job.head_chunk)
+                    left = walk(UPipeBytes(account, job, schedule))
+                else:
+                    left = walk(UlyssesBytes(account, job))
+            self._walks[key] = _Walk(account.peak, account.at_peak, left)
+        found = self._walks[key]
+        self.account.pass_by(found.peak, found.at_peak)
+        self.account.free(*freed)
+        return [self.account.hold(block.size, block.category, host=not block.device) for block in found.left]
 
     def _feed_forward_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         account, hidden, inner = self.account, self.job.hidden, self.inner

@@ -35,7 +35,7 @@ class TiledBlockBytes(BlockBytes):
             kept.normed.append(account.hold(job.hidden))
             account.brief(self.tile, category="tiles")
         with account.during(f"{name}.attention {run}", "attention stage"):
-            y, kept.attention = self._attention_forward(index, keep, stash)
+            y, kept.attention = self.attention_forward(index, keep, stash)
             account.retag("block inputs", y)
             account.retag("saved", *kept.attention)
         with account.during(f"{name} {run}", "block inputs"):
@@ -64,7 +64,7 @@ class TiledBlockBytes(BlockBytes):
                 account.free(*sums)
             account.free(dy, *kept.middle)
         with account.during(f"{name}.attention backward", "attention stage"):
-            dn, of_attention = self.attention.backward(kept.attention)
+            dn, of_attention = self.attention_backward(kept.attention)
         with account.during(f"{name} backward", "block inputs"):
             dx = account.hold(job.hidden)
             account.brief(*[self.wide_tile] * 6, category="tiles")
