@@ -11,6 +11,7 @@ import pytest
 
 from torchtitan_upipe.train import read_job  # isort: skip  (first: the device is chosen before torchtitan is imported)
 from tests.jobs import ROOT
+from torchtitan_upipe.memory.__main__ import main as memory_main
 from torchtitan_upipe.memory.dry_run import DryRun, dry_run
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
@@ -92,3 +93,35 @@ def test_the_legs_agree(case: Case, dry_runs: dict[Case, Prediction]) -> None:
     for moment, bytes_ in simulated.moments.items():
         if moment in predicted.moments and bytes_ > simulated.device_bytes / 2:
             assert predicted.moments[moment] == pytest.approx(bytes_, rel=0.08), moment
+
+
+def test_every_switch_changes_the_prediction() -> None:
+    """More knobs, less memory; and what leaves the device stands on the host."""
+    knobs = (
+        (),
+        ("--context_parallel.tile_size", "512"),
+        ("--context_parallel.stash", "host"),
+        ("--activation_checkpoint.offload",),
+        ("--context_parallel.head_chunk", "2"),
+        ("--context_parallel.query_tiles", "4"),
+    )
+    steps = list(itertools.accumulate(knobs))
+    found = [ledger(Case("llama3_upipe", "upipe", 1, 2, "full", extra)) for extra in steps]
+    device = [prediction.device_bytes for prediction in found]
+    assert device == sorted(device, reverse=True)
+    assert len(set(device)) == len(device)
+    assert found[-1].host_bytes > found[0].host_bytes
+    assert ledger(CASES[0], workspace=False).moments["layers.1.attention backward"] < (
+        ledger(CASES[0]).moments["layers.1.attention backward"]
+    )
+
+
+def test_the_table_shows_both_legs(capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES[0]
+    assert memory_main([*case.args, "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    assert f"{ledger(case).device_bytes / 2**30:.3f}" in table
+    assert "difference" in table
+    assert "Peak of the dry run: loss backward" in table
+    assert memory_main([*case.args, "--context_parallel.head_chunk", "99"]) == 1
+    assert "head_chunk = 99" in capsys.readouterr().err

@@ -137,6 +137,13 @@ def _peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_of_rank(device_type: str) -> int:
+    """Bytes of device memory that a rank has to itself: its device's, or on CPU its share of the machine's."""
+    module = torch._utils._get_device_module(device_type)
+    total: int = module.get_device_properties(module.current_device()).total_memory
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device_type == "cpu" else total
+
+
 def prepare_for_gloo(model: nn.Module) -> None:
     """Let FSDP2 reduce with plain sums where the process group is gloo.
 

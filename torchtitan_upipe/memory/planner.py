@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
 
+from torchtitan.config import JobConfig
+
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
+from torchtitan_upipe.device import SIMULATED, memory_of_rank
 from torchtitan_upipe.memory.ledger import predict_shape
 from torchtitan_upipe.memory.prediction import Prediction
-from torchtitan_upipe.memory.shape import JobShape
+from torchtitan_upipe.memory.shape import JobShape, job_shape
 
 TILE_SIZES = (32768, 16384, 8192)
 QUERY_TILES = (1, 2, 4, 8)
 STASHES = ("device", "host", "none")  # the last computes attention a second time
 LONGEST = 2**28  # tokens; no search goes beyond
+GIB = 2**30
+RESERVE = {"cuda": 4 * GIB, "cpu": 0}  # the device's context, buffers of the communication library, fragmentation
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Plan:
 
 def candidates(job: JobShape) -> Iterator[JobShape]:
     """Settings of ``job``'s method, fastest first: time grows with recomputing, then transfers, stages and tiles."""
-    full = replace(job, checkpoint=True, tile_size=TILE_SIZES[0])
+    full = replace(job, checkpoint=True, tile_size=TILE_SIZES[0], stash_budget=0)
     if job.method != "upipe":
         for offload in (False, True):
             for tile_size in TILE_SIZES:
@@ -51,8 +56,8 @@ def candidates(job: JobShape) -> Iterator[JobShape]:
                 for chunk in head_chunks(job):
                     yield replace(full, stash=stash, offload=offload, query_tiles=tiles, head_chunk=chunk)
     smallest = min(head_chunks(job))
-    for stash in STASHES[1:]:
-        for tile_size in TILE_SIZES[1:]:
+    for tile_size in TILE_SIZES[1:]:
+        for stash in STASHES:
             yield replace(
                 full,
                 stash=stash,
@@ -85,11 +90,10 @@ def longest(job: JobShape, budget: Budget) -> Plan | None:
     None where not even one step of 1024 tokens a rank fits.
     """
     step = 1024 * lcm(job.ulysses * job.ring, 2 * job.ring)
-    least = list(candidates(job))[-1:] + [c for c in candidates(job) if c.offload and c.query_tiles >= job.query_tiles]
-    thrifty = [c for c in least if c.tile_size == TILE_SIZES[-1]] or least
+    least = list(candidates(job))[-len(STASHES) :]  # the settings that need least
 
     def fits(steps: int) -> bool:
-        return any(budget.holds(predict_shape(replace(c, length=steps * step))) for c in thrifty)
+        return any(budget.holds(predict_shape(replace(c, length=steps * step))) for c in least)
 
     low, high = 0, 1
     while fits(high) and high * step < LONGEST:
@@ -100,20 +104,43 @@ def longest(job: JobShape, budget: Budget) -> Plan | None:
     return fastest(replace(job, length=low * step), budget) if low else None
 
 
-def choose_head_chunk(job: JobShape, budget: Budget) -> int:
-    """The largest head chunk with which ``job`` fits as it stands.
+def fill_head_chunk(config: JobConfig, world_size: int, device_type: str) -> None:
+    """Set a UPipe job's ``head_chunk = 0`` to the largest chunk with which it fits into the device's memory.
+
+    The simulated device has no end: there 0 stays, and means all heads.
 
     Raises:
-        ValueError: none does.
+        ValueError: the smallest chunk does not fit.
     """
+    cp = config.context_parallel
+    if cp.method != "upipe" or cp.head_chunk != 0 or device_type == SIMULATED:
+        return
+    job = job_shape(config, world_size)
+    device = memory_of_rank(device_type) - RESERVE[device_type]
     chunks = head_chunks(job)
     for chunk in chunks:
         prediction = predict_shape(replace(job, head_chunk=chunk))
-        if budget.holds(prediction):
-            return chunk
+        if prediction.device_bytes <= device:
+            cp.head_chunk = chunk
+            return
     raise ValueError(
         f"head_chunk = 0 asks for the largest chunk that fits, and the smallest, {chunks[-1]}, needs "
-        f"{prediction.device_bytes / 2**30:.1f} GiB of the device's {budget.device / 2**30:.1f}; {advice(prediction, job)}."
+        f"{prediction.device_bytes / GIB:.1f} GiB of the {max(device, 0) / GIB:.1f} GiB that a rank has; "
+        f"{advice(prediction, replace(job, head_chunk=chunks[-1]))}."
+    )
+
+
+def explain_out_of_memory(config: JobConfig, error: BaseException) -> str:
+    """One sentence: what takes the most where the ledger sees the peak, and the next knob to turn."""
+    words = str(error).split(". ")[0].strip().rstrip(".") or "no memory left"
+    if config.context_parallel.method == "torchtitan":
+        return f'{words}; use method = "upipe", a shorter sequence or more ranks.'
+    job = job_shape(config)
+    prediction = predict_shape(job)
+    category = max(prediction.by_category, key=lambda name: prediction.by_category[name])
+    return (
+        f"{words}; the ledger predicts a peak of {prediction.device_bytes / GIB:.2f} GiB in {prediction.moment}, most of "
+        f"it {category} ({prediction.by_category[category] / GIB:.2f} GiB); {advice(prediction, job)}."
     )
 
 
