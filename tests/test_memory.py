@@ -111,8 +111,9 @@ def test_every_switch_changes_the_prediction() -> None:
     assert device == sorted(device, reverse=True)
     assert len(set(device)) == len(device)
     assert found[-1].host_bytes > found[0].host_bytes
-    assert ledger(CASES[0], workspace=False).moments["layers.1.attention backward"] < (
-        ledger(CASES[0]).moments["layers.1.attention backward"]
+    assert (
+        ledger(CASES[0], workspace=False).moments["layers.1.attention backward"]
+        < (ledger(CASES[0]).moments["layers.1.attention backward"])
     )
 
 

@@ -1,7 +1,7 @@
 """CPU, and a device that does not exist, as back ends of TorchTitan. No other file names a device on its own.
 
 TorchTitan 0.2.2 asks ``torch._utils`` for the device once, while it is being imported, and takes CUDA where there is no
-accelerator. :func:`enable_cpu` or :func:`enable_simulated_device` must therefore run before the first torchtitan import.
+accelerator. :func:`enable_cpu` or :func:`enable_simulated_device` must run before the first torchtitan import.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def enable_cpu() -> None:
 def enable_simulated_device() -> None:
     """Give this process the device type :data:`SIMULATED`, and TorchTitan no other.
 
-    Its tensors must be fake ones (``FakeTensorMode``): nothing can be computed or stored there. A fake ``"cuda"`` device
-    would need a CUDA build of torch.
+    Its tensors must be fake ones (``FakeTensorMode``): nothing can be computed or stored there. A fake ``"cuda"``
+    device would need a CUDA build of torch.
 
     Raises:
         RuntimeError: torchtitan was imported before.

@@ -76,6 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
     console = Console()
+    if not console.is_terminal:
+        console.width = 180
     console.print(_table(config, world_size, budget, wanted, [longest(shape, budget) for shape in _methods(job)], job))
     if options.write:
         console.print(f"Wrote {options.write}")
@@ -116,7 +118,12 @@ def _methods(job: JobShape) -> Iterator[JobShape]:
 
 
 def _table(
-    config: JobConfig, world_size: int, budget: Budget, wanted: Plan | None, longest_: Sequence[Plan | None], job: JobShape
+    config: JobConfig,
+    world_size: int,
+    budget: Budget,
+    wanted: Plan | None,
+    longest_: Sequence[Plan | None],
+    job: JobShape,
 ) -> Table:
     table = Table(
         title=f"{config.model.name} {config.model.flavor} on {world_size} ranks, {budget.device / GIB:.1f} GiB of each "

@@ -29,9 +29,9 @@ from torchtitan.tools.utils import device_type  # noqa: E402
 
 from torchtitan_upipe.config import load_config  # noqa: E402
 from torchtitan_upipe.data.batch import shard_batch  # noqa: E402
-from torchtitan_upipe.models.tiled import summed_loss  # noqa: E402
 from torchtitan_upipe.memory.planner import explain_out_of_memory, fill_head_chunk  # noqa: E402
 from torchtitan_upipe.memory.shape import needed_ranks  # noqa: E402
+from torchtitan_upipe.models.tiled import summed_loss  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
 

@@ -9,8 +9,8 @@ import torch
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.reference import ReferenceKernel
-from torchtitan_upipe.kernels.simulated import SimulatedKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel, CudaFlashKernel, CudnnKernel
+from torchtitan_upipe.kernels.simulated import SimulatedKernel
 
 KERNEL_NAMES = ("auto", "sdpa", "cudnn", "flash2", "flash3", "reference")
 CUDA_ONLY = {"cudnn": "", "flash2": "flash_attn", "flash3": "flash_attn_interface"}  # name -> module it needs

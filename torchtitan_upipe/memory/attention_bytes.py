@@ -101,6 +101,7 @@ class UPipeBytes:
         stashed = list(zip(kept[::2], kept[1::2], strict=True))
         fetched: tuple[Block, ...] = ()  # ahead, from the host
         heads: list[Block] = []  # gradients of all stages' heads, for one product at the end
+        projected: list[Block] = []
         kv: dict[int, KVBytes] = {}
         for index, stage in enumerate(self.schedule.stages):
             # k, v of a new KV set, again
@@ -124,7 +125,10 @@ class UPipeBytes:
                 account.brief(self._cut(stage.queries, copied=True))  # columns of dWo
                 if o_tokens is not o:
                     account.free(o_tokens)
-                columns, d_tokens = account.hold(self._cut(stage.queries)), account.hold(self._tokens(stage.queries, tile))
+                columns, d_tokens = (
+                    account.hold(self._cut(stage.queries)),
+                    account.hold(self._tokens(stage.queries, tile)),
+                )
                 do = self.to_heads(stage, tile, d_tokens)
                 account.free(columns, *([] if do is d_tokens else [d_tokens]))
 
@@ -341,4 +345,6 @@ def attention_weights(job: JobShape, wide_output: bool = False) -> list[int]:
     """Bytes of ``wq, wk, wv, wo`` as they are computed with; the gradient of ``wo`` is summed in float32."""
     width, model = job.model.head_dim * job.model.dim, job.model
     elements = (job.element, job.element, job.element, job.wide if wide_output else job.element)
-    return [width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)]
+    return [
+        width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""What a block and the model's head hold: norm, feed-forward, residuals, loss, as autograd runs TorchTitan's modules."""
+"""What a block and the model's head hold, as autograd runs TorchTitan's modules: norm, feed-forward, sums, loss."""
 
 from __future__ import annotations
 

@@ -22,9 +22,7 @@ class AttentionBytes:
         rows: query rows among the ``T`` gathered tokens.
     """
 
-    def __init__(
-        self, account: Account, job: JobShape, heads: int, kv_heads: int, rows: Sequence[Interval]
-    ) -> None:
+    def __init__(self, account: Account, job: JobShape, heads: int, kv_heads: int, rows: Sequence[Interval]) -> None:
         self.account = account
         self.job = job
         self.heads = heads
@@ -80,9 +78,7 @@ class AttentionBytes:
     def _merge(self, rows: int) -> None:
         self.account.brief(self._size(rows, self.heads, self.wide), *[self._lse_size(rows)] * 3)
 
-    def _call_backward(
-        self, pieces: Sequence[Piece], into: bool = False, max_keys: int | None = None
-    ) -> list[Block]:
+    def _call_backward(self, pieces: Sequence[Piece], into: bool = False, max_keys: int | None = None) -> list[Block]:
         calls = [call for piece in pieces for call in rectangles(piece, max_keys)]
         if len(calls) == 1 and calls[0][:2] == ((0, self.row_count), (0, self.keys)):
             dq, *d_kv = self._kernel_backward(calls[0])

@@ -15,9 +15,7 @@ from torchtitan_upipe.memory.shards_bytes import ShardsBytes
 from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, tiled_head_backward, tiled_head_forward
 
 
-def predict(
-    config: JobConfig, world_size: int | None = None, rank: int = 0, workspace: bool = True
-) -> Prediction:
+def predict(config: JobConfig, world_size: int | None = None, rank: int = 0, workspace: bool = True) -> Prediction:
     """Predict one rank's peak memory over a training step of ``config``.
 
     Args:
@@ -118,9 +116,7 @@ class _Step:
             if index:
                 hidden.insert(0, self.account.hold(self.job.hidden))
 
-    def _backward(
-        self, hidden: list[Block], kept: list[Kept], of_head: list[Block], weights: list[Block]
-    ) -> Block:
+    def _backward(self, hidden: list[Block], kept: list[Kept], of_head: list[Block], weights: list[Block]) -> Block:
         account, shards, job = self.account, self.shards, self.job
         blocks = [job.model.block] * job.model.layers
         if job.tile_size:

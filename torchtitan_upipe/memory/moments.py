@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from torchtitan_upipe.memory.live_bytes import LiveBytes
 
-# Code that is known by its Python module, whatever part of the model calls it: prefix of module and function -> category, moment.
+# Code that is known by its name, whatever part of the model calls it: prefix of module.function -> category, moment.
 CALLERS: dict[str, tuple[str, str | None] | None] = {
     "torch.utils.checkpoint.": None,  # a second run, whoever has asked for it
     "torch.optim.": ("optimizer", "optimizer step"),
@@ -161,4 +161,3 @@ def _caller() -> tuple[str, str | None] | None:
             return next(known for prefix, known in CALLERS.items() if name.startswith(prefix))
         frame = frame.f_back  # type: ignore[assignment]
     return None
-

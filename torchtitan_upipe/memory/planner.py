@@ -139,8 +139,8 @@ def explain_out_of_memory(config: JobConfig, error: BaseException) -> str:
     prediction = predict_shape(job)
     category = max(prediction.by_category, key=lambda name: prediction.by_category[name])
     return (
-        f"{words}; the ledger predicts a peak of {prediction.device_bytes / GIB:.2f} GiB in {prediction.moment}, most of "
-        f"it {category} ({prediction.by_category[category] / GIB:.2f} GiB); {advice(prediction, job)}."
+        f"{words}; the ledger predicts a peak of {prediction.device_bytes / GIB:.2f} GiB in {prediction.moment}, "
+        f"most of it {category} ({prediction.by_category[category] / GIB:.2f} GiB); {advice(prediction, job)}."
     )
 
 
@@ -149,7 +149,7 @@ def advice(prediction: Prediction, job: JobShape) -> str:
     largest = max(prediction.by_category, key=lambda name: prediction.by_category[name])
     activations = {"attention stage", "workspace"}
     if job.tile_size == 0 and largest in {"loss", "tiles", "saved"}:
-        return f'set context_parallel.tile_size = {TILE_SIZES[0]}'
+        return f"set context_parallel.tile_size = {TILE_SIZES[0]}"
     if not job.checkpoint:
         return 'set activation_checkpoint.mode = "full"'
     if largest == "saved" and job.method == "upipe" and job.stash == "device":

@@ -17,7 +17,7 @@ from torchtitan_upipe.data.sharding import degrees, length_divisor
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One flavor: shapes of its weights ``(rows, columns)`` or ``(rows,)`` by their names within a block or the model."""
+    """One flavor; ``block`` are the shapes of the weights of one block, ``(rows, columns)`` or ``(rows,)``."""
 
     layers: int
     dim: int
@@ -159,7 +159,7 @@ def model_shape(name: str, flavor: str) -> ModelShape:
     spec = get_train_spec(name)
     args: Any = spec.model_args[flavor]
     with torch.device("meta"):
-        model: Any = spec.model_cls(replace(args, n_layers=1))  # type: ignore[call-arg, type-var]
+        model: Any = spec.model_cls(replace(args, n_layers=1))
     block = model.layers["0"]
     return ModelShape(
         layers=args.n_layers,

@@ -23,12 +23,12 @@ enable_simulated_device()  # before any torchtitan import: see device.py
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed._tools.fake_collectives  # noqa: E402, F401  (collectives on fake tensors)
+import torch.distributed._tools.fake_collectives  # noqa: E402  (collectives on fake tensors)
 from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.distributed.checkpoint.state_dict import _init_optim_state  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
@@ -93,7 +93,6 @@ class DryTrainer(Trainer):
             dims = super().init_distributed()
             dims.build_mesh()
         return dims
-
 
     def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Any tokens."""
@@ -181,7 +180,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The prediction that ``request`` (a ``DryRun`` as a dictionary) asks for, or the sentence that refuses the job."""
     with fake_ranks(request["rank"], request["world_size"]):
         try:
-            return dataclasses.asdict(simulate_job(read_job(request["args"], request["world_size"]), request["workspace"]))
+            return dataclasses.asdict(
+                simulate_job(read_job(request["args"], request["world_size"]), request["workspace"])
+            )
         except ValueError as error:
             return {"error": str(error)}
 

@@ -38,7 +38,9 @@ class UlyssesBytes:
         for stage in self.stages:
             # exchange: sequence shards to head shards
             if any(stage.fetch.counts):
-                kept += [self._exchange(local, self._kv_size(stage), job.heads(sum(stage.fetch.counts))) for local in (k, v)]
+                kept += [
+                    self._exchange(local, self._kv_size(stage), job.heads(sum(stage.fetch.counts))) for local in (k, v)
+                ]
             kept.append(self._exchange(q, job.heads(stage.queries.counts[self.at], self._rows(stage))))
 
             # attention over the whole sequence
@@ -147,9 +149,7 @@ class UlyssesBytes:
     def _calls(self, stage: Stage) -> list[AttentionBytes]:
         rows = stage.rows(self.job.tokens).computed_by(self.at)
         return [
-            AttentionBytes(
-                self.account, self.job, call.queries[1] - call.queries[0], call.keys[1] - call.keys[0], rows
-            )
+            AttentionBytes(self.account, self.job, call.queries[1] - call.queries[0], call.keys[1] - call.keys[0], rows)
             for call in stage.calls[self.at]
         ]
 
