@@ -91,7 +91,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             r"method = \"ring\" leave it out",
         ),
         ({"context_parallel__tile_size": -1}, r"context_parallel.tile_size = -1 must be a number of rows, or 0"),
-        ({"context_parallel__query_tiles": 2}, r"context_parallel.query_tiles: query tiles are not available yet"),
+        ({"context_parallel__query_tiles": 0}, r"query_tiles = 0 must be between 1 and 64, .*; nearest: 1"),
+        (
+            {"context_parallel__query_tiles": 2, "context_parallel__method": "ring"},
+            r"query_tiles = 2 has no meaning for method = \"ring\"",
+        ),
+        ({"context_parallel__stash_budget_gib": 2}, r"stash_budget_gib = 2 limits host memory for stash = \"host\""),
     ],
 )
 def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> None:

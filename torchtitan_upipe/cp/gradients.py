@@ -19,7 +19,7 @@ from torchtitan_upipe.cp.shards import runs
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Interval
-from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.memory.stash import Kept, PutAway, Stash
 
 ROWS = 8192  # tokens of one matrix product over all heads
 SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
@@ -43,14 +43,16 @@ def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval],
 class LayerGradients:
     """Gradients of ``x [B, N, D]`` and of the weights, collected stage by stage.
 
-    Rows of the weight gradients are written where they belong.
+    Rows of the weight gradients are written where they belong. The heads' gradients wait for ``dx`` where the stash has
+    put the stages' outputs: each takes the place that an output has left.
     """
 
     x: Tensor
     weights: AttentionWeights
     head_dim: int
+    put_away: PutAway
     weight_grads: dict[str, Tensor] = field(init=False)
-    _heads: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
+    _heads: list[tuple[str, tuple[int, ...], Kept]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.weight_grads = {
@@ -66,7 +68,13 @@ class LayerGradients:
         d_weight = self.weight_grads[name].unflatten(0, (-1, self.head_dim))  # [H, d, D], a view
         for source, target in runs(heads):
             d_weight[target] += d_rows[source]
-        self._heads.append((name, heads, grad))
+        self.settle()
+        self._heads.append((name, heads, self.put_away(grad)))
+
+    def settle(self) -> None:
+        """No heads' gradient takes memory on the device any more, unless the device is where it is kept."""
+        if self._heads:
+            self._heads[-1][-1].settle()
 
     def add_output(self, heads: Sequence[int], o: Tensor, dy: Tensor) -> None:
         """Add to the columns of ``dWo`` of ``heads``, from ``o [B, n, h, d]`` and ``dy [B, n, D]`` of some tokens."""
@@ -91,11 +99,13 @@ class LayerGradients:
         weights = torch.cat([getattr(self.weights, name) for name in names])  # [(H + 2*G)*d, D]
         sizes = [getattr(self.weights, name).shape[0] for name in names]
         dx = torch.empty_like(self.x)
+        self.settle()
         for rows in _slices(0, self.x.shape[1]):
             heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
             targets = dict(zip(names, heads.split(sizes, dim=-1), strict=True))
-            for name, placed, grad in self._heads:
-                _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad[:, rows], add=name != "wq")
+            for name, placed, kept in self._heads:
+                grad = kept.read(rows)
+                _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad, add=name != "wq")
             dx[:, rows] = heads @ weights
         return dx
 

@@ -157,7 +157,7 @@ class _UPipeLayer(torch.autograd.Function):
         stash: Stash = Stash() if ctx.stash is None else ctx.stash
         layer = upipe.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
         tiles = query_tiles(x.shape[1], upipe.tiles)
-        total = LayerGradients(x, layer.weights, ctx.head_dim)
+        total = LayerGradients(x, layer.weights, ctx.head_dim, stash.put_away)
         kv: dict[int, KVBlock] = {}
 
         for index, stage in enumerate(upipe.schedule.stages):
@@ -167,7 +167,7 @@ class _UPipeLayer(torch.autograd.Function):
             if any(stage.fetch.counts):
                 kv[index] = layer.fetch_kv(stage)
 
-            dq = x.new_empty(*x.shape[:2], len(heads), ctx.head_dim)  # [B, N, U, d]
+            parts = []
             for t, tile in enumerate(tiles):
                 rows = slice(*tile)
                 # o and lse: from the stash, or attention again
@@ -194,13 +194,16 @@ class _UPipeLayer(torch.autograd.Function):
                 del do, q, o, lse
 
                 # exchange back, undo rope and norm
-                dq[:, rows] = layer.to_sequence(stage, tile, dq_heads)  # [B, n, U, d]
+                dq = layer.to_sequence(stage, tile, dq_heads)  # [B, n, U, d]
                 del dq_heads
-                _, d_norm = layer.transform.vjp_(dq[:, rows], projected, layer.weights.q_norm, rows)
+                dq, d_norm = layer.transform.vjp_(dq, projected, layer.weights.q_norm, rows)
                 total.add_norm("q_norm", d_norm)
-                del projected
+                parts.append(dq)
+                del dq, projected
 
             # query projection
+            dq = parts.pop() if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, N, U, d]
+            parts.clear()
             total.add_projection("wq", heads, dq)
             del dq
 
@@ -212,7 +215,7 @@ class _UPipeLayer(torch.autograd.Function):
                 del leaving
                 dk = layer.release(stage, dks)  # [B, N, n, d]
                 projected = None if layer.weights.k_norm is None else layer.project(layer.weights.wk, stage.release)
-                _, d_norm = layer.transform.vjp_(dk, projected, layer.weights.k_norm, ALL_ROWS)
+                dk, d_norm = layer.transform.vjp_(dk, projected, layer.weights.k_norm, ALL_ROWS)
                 total.add_projection("wk", released, dk)
                 total.add_norm("k_norm", d_norm)
                 del dk, projected

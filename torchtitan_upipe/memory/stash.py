@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 Place = tuple[int, int]  # (stage, query tile)
+PutAway = Callable[[Tensor], "Kept"]
 
 
 class Kept(Protocol):
@@ -59,18 +60,19 @@ class Stash:
 
     Attributes:
         complete: set by its owner once all stages are here.
+        put_away: see above.
     """
 
-    def __init__(self, put_away: Callable[[Tensor], Kept] = KeptOnDevice) -> None:
+    def __init__(self, put_away: PutAway = KeptOnDevice) -> None:
         self.complete = False
-        self._put_away = put_away
+        self.put_away = put_away
         self._kept: dict[Place, tuple[Kept, Kept]] = {}
         self._newest: tuple[Kept, ...] = ()
 
     def put(self, place: Place, o: Tensor, lse: Tensor) -> None:
         """Keep ``o`` and ``lse [B, h, Sq]``. What was put before has had the time of a stage to leave the device."""
         self.settle()
-        self._kept[place] = self._newest = (self._put_away(o), self._put_away(lse))
+        self._kept[place] = self._newest = (self.put_away(o), self.put_away(lse))
 
     def settle(self) -> None:
         """Nothing put here takes memory on the device any more, unless the device is where it is kept."""

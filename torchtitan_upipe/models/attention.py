@@ -28,7 +28,13 @@ class NormThenRope:
 
     def apply_(self, heads: Tensor, norm_weight: Tensor | None, rows: slice) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
-        return self.rope.rotate_(heads if norm_weight is None else self._norm(heads, norm_weight), rows)
+        if norm_weight is not None:
+            normed = torch.empty_like(heads)
+            for first in range(0, heads.shape[1], ROWS):
+                at = slice(first, first + ROWS)
+                normed[:, at] = self._norm(heads[:, at], norm_weight)
+            heads = normed
+        return self.rope.rotate_(heads, rows)
 
     def vjp_(
         self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice
