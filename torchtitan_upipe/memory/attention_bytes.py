@@ -100,7 +100,15 @@ class UPipeBytes:
         *weights, d_wo = [account.hold(size, "gradients") for size in attention_weights(job, wide_output=True)]
         stashed = list(zip(kept[::2], kept[1::2], strict=True))
         fetched: tuple[Block, ...] = ()  # ahead, from the host
-        heads: list[Block] = []  # gradients of all stages' heads, for one product at the end
+        heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
+        on_host = any(not block.device for block in kept)
+
+        def wait_for_dx(grad: Block) -> None:
+            if on_host:
+                account.free(*heads)
+                heads.clear()
+            heads.append(grad)
+
         projected: list[Block] = []
         kv: dict[int, KVBytes] = {}
         for index, stage in enumerate(self.schedule.stages):
@@ -108,7 +116,7 @@ class UPipeBytes:
             if any(stage.fetch.counts):
                 kv[index] = self.fetch_kv(stage)
 
-            heads.append(account.hold(self._tokens(stage.queries)))
+            parts: list[Block] = []
             for tile in self.tiles:
                 # o and lse: from the stash, or attention again
                 if stashed:
@@ -139,12 +147,17 @@ class UPipeBytes:
                 account.free(do, q, o, lse)
 
                 # exchange back, undo rope and norm
-                account.free(self.to_sequence(stage, tile, dq))
+                parts.append(self.to_sequence(stage, tile, dq))
                 self._transform_in_slices(self._tokens(stage.queries, tile), norm=job.model.qk_norm)
                 account.free(*projected)
 
             # query projection
-            account.brief(self._cut(stage.queries), self._cut(stage.queries, copied=True))
+            if len(parts) > 1:
+                joined = account.hold(self._tokens(stage.queries))
+                account.free(*parts)
+                parts = [joined]
+            account.brief(self._cut(stage.queries, copied=True))
+            wait_for_dx(parts[0])
 
             # key and value projections, at the end of a KV set, one at a time
             if any(stage.release.counts):
@@ -152,16 +165,20 @@ class UPipeBytes:
                 for block in leaving:
                     account.free(block.k, block.v)
                 for which in (0, 1):
-                    heads.append(self.release(stage, leaving, which))
+                    grad = self.release(stage, leaving, which)
                     projected = [self.project(stage.release)] if which == 0 and job.model.qk_norm else []
                     if which == 0:
                         self._transform_in_slices(self._tokens(stage.release), norm=job.model.qk_norm)
                     account.brief(self._cut(stage.release, copied=True))
+                    wait_for_dx(grad)
                     account.free(*projected)
 
         stacked = account.hold(sum(attention_weights(job)[:3]))
         dx = account.hold(job.hidden)
-        self._in_slices(job.model.heads + 2 * job.model.kv_heads, None)
+        if on_host:
+            account.free(*heads)
+            heads.clear()
+        self._in_slices(job.model.heads + 2 * job.model.kv_heads, self.schedule.stages[0].queries if on_host else None)
         rounded = account.hold(attention_weights(job)[3], "gradients")
         account.free(stacked, d_wo, *heads)
         return dx, [*weights, rounded]

@@ -128,6 +128,9 @@ class _Step:
             account.free(hidden.pop())
         with account.during("norm backward", "loss"):
             shards.reduce(self.head, weights, [d_output])
+        if job.method == "upipe" and job.stash == "host":  # gradients of heads, in the place of outputs of equal size
+            extra = 2 * job.model.kv_heads + (job.model.heads if job.query_tiles > 1 else 0)
+            account.hold(job.heads(extra), "saved", host=True)
         for index in reversed(range(job.model.layers)):
             name = self.names[index]
             with account.during(f"{name}.feed_forward backward", "block inputs"):
