@@ -29,7 +29,7 @@ def load_config(args: Sequence[str]) -> JobConfig:
         SystemExit: with code 0 after ``--help``.
     """
     manager = ConfigManager()
-    path = _config_file(args)
+    path = config_file(args)
     values = _read_toml(path) if path else {}
     arguments = list(args)
     if not any(_option_name(a) == "job.custom_config_module" for a in args):
@@ -45,7 +45,12 @@ def load_config(args: Sequence[str]) -> JobConfig:
         return manager.parse_args(arguments)
 
 
-def _config_file(args: Sequence[str]) -> str | None:
+def config_file(args: Sequence[str]) -> str | None:
+    """The path after ``--job.config_file``, if it is there.
+
+    Raises:
+        ValueError: no path follows.
+    """
     for i, arg in enumerate(args):
         if _option_name(arg) == "job.config_file":
             if "=" in arg:

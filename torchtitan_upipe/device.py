@@ -1,7 +1,7 @@
-"""CPU as a back end of TorchTitan. Nothing outside this file names a device on its own.
+"""CPU, and a device that does not exist, as back ends of TorchTitan. No other file names a device on its own.
 
 TorchTitan 0.2.2 asks ``torch._utils`` for the device once, while it is being imported, and takes CUDA where there is no
-accelerator. :func:`enable_cpu` must therefore run before the first torchtitan import.
+accelerator. :func:`enable_cpu` or :func:`enable_simulated_device` must run before the first torchtitan import.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch._utils
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak resident set size
 STATUS = Path("/proc/self/status")
+SIMULATED = "simulated"  # device type of dry runs: told apart from host memory, holds only fake tensors
 
 
 def enable_cpu() -> None:
@@ -33,15 +35,32 @@ def enable_cpu() -> None:
     """
     if torch._utils._get_available_device_type() is not None:
         return
+    _answer_torchtitan("cpu", CpuModule())
+
+
+def enable_simulated_device() -> None:
+    """Give this process the device type :data:`SIMULATED`, and TorchTitan no other.
+
+    Its tensors must be fake ones (``FakeTensorMode``): nothing can be computed or stored there. A fake ``"cuda"``
+    device would need a CUDA build of torch.
+
+    Raises:
+        RuntimeError: torchtitan was imported before.
+    """
+    module = SimulatedModule()
+    _setup_privateuseone_for_python_backend(SIMULATED, backend_module=module)
+    _answer_torchtitan(SIMULATED, module)
+
+
+def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
     if "torchtitan.tools.utils" in sys.modules:
         raise RuntimeError(
-            "torchtitan was imported before CPU support was enabled; start the job with "
+            "torchtitan was imported before its device was set; start the job with "
             "`torchrun -m torchtitan_upipe.train`, or import torchtitan_upipe.train first."
         )
     get_device_module = torch._utils._get_device_module
-    cpu = CpuModule()
-    torch._utils._get_available_device_type = lambda: "cpu"
-    torch._utils._get_device_module = lambda name: cpu if name == "cpu" else get_device_module(name)  # type: ignore[assignment]
+    torch._utils._get_available_device_type = lambda: device_type
+    torch._utils._get_device_module = lambda name: module if name == device_type else get_device_module(name)  # type: ignore[assignment]
 
 
 def leave(code: int) -> NoReturn:
@@ -102,6 +121,28 @@ class CpuModule(types.ModuleType):
         """Host memory has no cache to empty."""
 
 
+class SimulatedModule(CpuModule):
+    """What torch and TorchTitan ask of a device module, for the device of dry runs."""
+
+    def get_device_name(self, device: object = None) -> str:
+        """Name in TorchTitan's log."""
+        return SIMULATED
+
+    def memory_stats(self, device: object = None) -> dict[str, int]:
+        """Nothing: dry runs are watched from outside (``memory/live_bytes.py``)."""
+        return dict.fromkeys(super().memory_stats(), 0)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Dtypes of autocast."""
+        return [torch.bfloat16, torch.float16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """No random numbers here."""
+
+
 def _peak_resident_bytes() -> int:
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
@@ -109,6 +150,13 @@ def _peak_resident_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_of_rank(device_type: str) -> int:
+    """Bytes of device memory that a rank has to itself: its device's, or on CPU its share of the machine's."""
+    module = torch._utils._get_device_module(device_type)
+    total: int = module.get_device_properties(module.current_device()).total_memory
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device_type == "cpu" else total
 
 
 def prepare_for_gloo(model: nn.Module) -> None:

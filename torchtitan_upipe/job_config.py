@@ -23,7 +23,8 @@ class ContextParallel:
     head_chunk: int = 0
     """
     UPipe: query heads of the whole group per stage (U), any number up to the model's heads; rounded down to what keeps
-    all ranks equally busy, a multiple or a divisor of the ulysses degree. 0 = all heads in one stage.
+    all ranks equally busy, a multiple or a divisor of the ulysses degree. 0 = the largest with which the job fits into
+    the device's memory, by the ledger.
     """
 
     ring_degree: int = 1

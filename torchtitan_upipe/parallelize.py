@@ -27,6 +27,7 @@ from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.host_pool import HostPool
 from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
+from torchtitan_upipe.memory.planner import fill_head_chunk
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention
 from torchtitan_upipe.models.rope import RopeOfModel
@@ -74,6 +75,7 @@ class Parallelize:
         """
         model_args: Any = model.model_args
         validate_job(job_config, model_args, parallel_dims.world_size, device_type)
+        fill_head_chunk(job_config, parallel_dims.world_size, device_type)
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
         dims: Any = parallel_dims

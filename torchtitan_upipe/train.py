@@ -18,6 +18,7 @@ from torchtitan_upipe.device import enable_cpu, leave
 
 enable_cpu()  # before any torchtitan import: see device.py
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torchtitan.train  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -28,6 +29,8 @@ from torchtitan.tools.utils import device_type  # noqa: E402
 
 from torchtitan_upipe.config import load_config  # noqa: E402
 from torchtitan_upipe.data.batch import shard_batch  # noqa: E402
+from torchtitan_upipe.memory.planner import explain_out_of_memory, fill_head_chunk  # noqa: E402
+from torchtitan_upipe.memory.shape import needed_ranks  # noqa: E402
 from torchtitan_upipe.models.tiled import summed_loss  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
@@ -61,8 +64,13 @@ class Trainer(torchtitan.train.Trainer):
         return loss
 
 
-def read_job(args: Sequence[str]) -> JobConfig:
+def read_job(args: Sequence[str], world_size: int | None = None, device: str = device_type) -> JobConfig:
     """Read and check the job that the command line describes.
+
+    Args:
+        args: the command line without the program.
+        world_size: ranks of the job; 0 = as many as its degrees need; by default what started this process says.
+        device: type of the device it is meant for; by default this machine's.
 
     Raises:
         ValueError: with one sentence that says what is wrong and how to mend it.
@@ -76,10 +84,13 @@ def read_job(args: Sequence[str]) -> JobConfig:
             f"model.flavor = {config.model.flavor!r} is unknown for {config.model.name}; "
             f"choose one of {', '.join(flavors)}."
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.comm.mode != "default":
-        world_size = int(os.environ.get("NGPU", world_size))
-    validate_job(config, flavors[config.model.flavor], world_size, device_type)
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if config.comm.mode != "default":
+            world_size = int(os.environ.get("NGPU", world_size))
+    world_size = world_size or needed_ranks(config)
+    validate_job(config, flavors[config.model.flavor], world_size, device)
+    fill_head_chunk(config, world_size, device)
     return config
 
 
@@ -106,10 +117,15 @@ def refuse(error: ValueError) -> int:
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(30)
         return 1
-    print(f"ValueError: {error}", file=sys.stderr, flush=True)
+    return report(f"ValueError: {error}")
+
+
+def report(message: str) -> int:
+    """Print ``message`` and hand it to torchrun; return the exit code."""
+    print(message, file=sys.stderr, flush=True)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        Path(error_file).write_text(json.dumps({"message": f"ValueError: {error}", "timestamp": int(time.time())}))
+        Path(error_file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
     return 1
 
 
@@ -120,7 +136,10 @@ def main(args: Sequence[str] | None = None) -> int:
         config = read_job(sys.argv[1:] if args is None else args)
     except ValueError as error:
         return refuse(error)
-    run_job(config)
+    try:
+        run_job(config)
+    except torch.OutOfMemoryError as error:
+        return report(f"OutOfMemoryError: {explain_out_of_memory(config, error)}")
     return 0
 
 

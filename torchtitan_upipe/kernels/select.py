@@ -6,9 +6,11 @@ import importlib.util
 
 import torch
 
+from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.reference import ReferenceKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel, CudaFlashKernel, CudnnKernel
+from torchtitan_upipe.kernels.simulated import SimulatedKernel
 
 KERNEL_NAMES = ("auto", "sdpa", "cudnn", "flash2", "flash3", "reference")
 CUDA_ONLY = {"cudnn": "", "flash2": "flash_attn", "flash3": "flash_attn_interface"}  # name -> module it needs
@@ -27,11 +29,13 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype) -> None:
     """
     if name not in KERNEL_NAMES:
         raise ValueError(f"attention_kernel = {name!r} is unknown; choose one of {', '.join(KERNEL_NAMES)}.")
-    if name in CUDA_ONLY and device_type != "cuda":
+    if name in CUDA_ONLY and device_type == "cpu":
         raise ValueError(
             f"attention_kernel = {name!r} runs on CUDA only and this job runs on {device_type}; "
             'use "auto", "sdpa" or "reference".'
         )
+    if device_type == SIMULATED:
+        return  # stands for a machine that may have what this one lacks
     module = CUDA_ONLY.get(name)
     if module and importlib.util.find_spec(module) is None:
         remedy = "pip install torchtitan_upipe[flash2]" if name == "flash2" else "install FlashAttention-3"
@@ -54,6 +58,8 @@ def resolve_kernel(name: str, device_type: str) -> str:
 
 def build_kernel(name: str, device_type: str) -> AttentionKernel:
     """Build the kernel ``name`` (already checked by :func:`check_kernel`) for ``device_type``."""
+    if device_type == SIMULATED:
+        return SimulatedKernel(name)
     match resolve_kernel(name, device_type):
         case "reference":
             return ReferenceKernel()

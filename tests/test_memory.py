@@ -1,0 +1,128 @@
+"""The ledger's two legs agree, by category of the whole step and at every large moment of it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from torchtitan_upipe.train import read_job  # isort: skip  (first: the device is chosen before torchtitan is imported)
+from tests.jobs import ROOT
+from torchtitan_upipe.memory.__main__ import main as memory_main
+from torchtitan_upipe.memory.dry_run import DryRun, dry_run
+from torchtitan_upipe.memory.ledger import predict
+from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
+
+FLAVORS = {"llama3_upipe": "debug_kv2", "qwen3_upipe": "debug"}
+LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2)]  # method, ring degree
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job of the matrix."""
+
+    model: str
+    method: str
+    ring_degree: int
+    degree: int
+    checkpoint: str
+    extra: tuple[str, ...] = ()
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        options = {
+            "job.config_file": ROOT / "train_configs/llama3_debug.toml",
+            "model.name": self.model,
+            "model.flavor": FLAVORS[self.model],
+            "model.hf_assets_path": ROOT / "torchtitan_upipe/assets/tokenizer",
+            "training.seq_len": 4096 * self.degree,
+            "parallelism.context_parallel_degree": self.degree,
+            "context_parallel.method": self.method,
+            "context_parallel.ring_degree": self.ring_degree,
+            "context_parallel.head_chunk": 4 if self.method == "upipe" else 0,
+            "activation_checkpoint.mode": self.checkpoint,
+        }
+        return tuple(word for name, value in options.items() for word in (f"--{name}", str(value))) + self.extra
+
+    def __str__(self) -> str:
+        extra = " ".join(word.rpartition(".")[2] for word in self.extra)
+        return f"{self.model}-{self.method}-{self.degree}x{self.ring_degree}-{self.checkpoint}-{extra}"
+
+
+def cases() -> Iterator[Case]:
+    for (method, ring), mode in itertools.product(LAYOUTS, ("none", "full")):
+        yield Case("llama3_upipe", method, ring, 8, mode)
+    for method, ring in LAYOUTS:
+        yield Case("qwen3_upipe", method, ring, 8, "none" if ring > 1 else "full")
+        if ring == 1:
+            yield Case("qwen3_upipe" if method == "ring" else "llama3_upipe", method, ring, 2, "full")
+    tiles, host = ("--context_parallel.tile_size", "512"), ("--context_parallel.stash", "host")
+    for model in FLAVORS:
+        yield Case(model, "ulysses", 1, 8, "none", tiles)
+        yield Case(model, "ulysses", 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
+        yield Case(model, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
+        yield Case(model, "upipe", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
+    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
+
+
+CASES = list(cases())
+
+
+@pytest.fixture(scope="module")
+def dry_runs() -> dict[Case, Prediction]:
+    """Of all cases, by one child process."""
+    return dict(zip(CASES, dry_run([DryRun(case.args, case.degree) for case in CASES]), strict=True))
+
+
+def ledger(case: Case, workspace: bool = True) -> Prediction:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "WORLD_SIZE", str(case.degree))
+        return predict(read_job(case.args), case.degree, workspace=workspace)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_legs_agree(case: Case, dry_runs: dict[Case, Prediction]) -> None:
+    predicted, simulated = ledger(case), dry_runs[case]
+    assert sum(predicted.by_category.values()) == predicted.device_bytes
+    assert set(predicted.by_category) | set(simulated.by_category) <= set(CATEGORIES)
+    assert predicted.device_bytes == pytest.approx(simulated.device_bytes, rel=0.05)
+    assert predicted.host_bytes == pytest.approx(simulated.host_bytes, rel=0.05, abs=2**18)  # tokens and labels
+    for moment, bytes_ in simulated.moments.items():
+        if moment in predicted.moments and bytes_ > simulated.device_bytes / 2:
+            assert predicted.moments[moment] == pytest.approx(bytes_, rel=0.08), moment
+
+
+def test_every_switch_changes_the_prediction() -> None:
+    """More knobs, less memory; and what leaves the device stands on the host."""
+    knobs = (
+        (),
+        ("--context_parallel.tile_size", "512"),
+        ("--context_parallel.stash", "host"),
+        ("--activation_checkpoint.offload",),
+        ("--context_parallel.head_chunk", "2"),
+        ("--context_parallel.query_tiles", "4"),
+    )
+    steps = list(itertools.accumulate(knobs))
+    found = [ledger(Case("llama3_upipe", "upipe", 1, 2, "full", extra)) for extra in steps]
+    device = [prediction.device_bytes for prediction in found]
+    assert device == sorted(device, reverse=True)
+    assert len(set(device)) == len(device)
+    assert found[-1].host_bytes > found[0].host_bytes
+    assert (
+        ledger(CASES[0], workspace=False).moments["layers.1.attention backward"]
+        < (ledger(CASES[0]).moments["layers.1.attention backward"])
+    )
+
+
+def test_the_table_shows_both_legs(capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES[0]
+    assert memory_main([*case.args, "--dry-run"]) == 0
+    table = capsys.readouterr().out
+    assert f"{ledger(case).device_bytes / 2**30:.3f}" in table
+    assert "difference" in table
+    assert "Peak of the dry run: loss backward" in table
+    assert memory_main([*case.args, "--context_parallel.head_chunk", "99"]) == 1
+    assert "head_chunk = 99" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Bytes held and freed, by category, and their peak: what the ledger's formulas are written in. Allocates nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Block:
+    """Bytes that are held."""
+
+    category: str
+    size: int
+    device: bool
+
+
+class Account:
+    """Bytes of one rank, in the order in which a step holds and frees them.
+
+    Attributes:
+        live: device bytes by category, now.
+        peak: the most device bytes so far.
+        at_peak: their categories.
+        peak_moment: what ran then.
+        moments: the most device bytes at each moment.
+        host_peak: the most host bytes so far.
+        host_at_peak: their categories.
+    """
+
+    def __init__(self) -> None:
+        self.live: Counter[str] = Counter()
+        self.peak = self.host_peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.host_at_peak: dict[str, int] = {}
+        self.peak_moment = ""
+        self.moments: dict[str, int] = {}
+        self._total = 0
+        self._host: Counter[str] = Counter()
+        self._moment = "batch"
+        self._category = "other"
+
+    @contextmanager
+    def during(self, moment: str, category: str) -> Iterator[None]:
+        """Name what runs meanwhile, and what is held meanwhile without another category."""
+        before = self._moment, self._category
+        self._moment, self._category = moment, category
+        try:
+            yield
+        finally:
+            self._moment, self._category = before
+
+    def hold(self, size: float, category: str = "", *, host: bool = False) -> Block:
+        """Hold ``size`` bytes."""
+        block = Block(category or self._category, int(size), not host)
+        if host:
+            self._host[block.category] += block.size
+            total = self._host.total()
+            if total > self.host_peak:
+                self.host_peak, self.host_at_peak = total, {k: v for k, v in self._host.items() if v}
+            return block
+        self.live[block.category] += block.size
+        self._total += block.size
+        self.pass_by(0, {})
+        return block
+
+    def pass_by(self, size: int, categories: Mapping[str, int]) -> None:
+        """Note that ``size`` bytes more, by ``categories``, are held for a moment; either may be negative."""
+        total = self._total + size
+        if total > self.moments.get(self._moment, 0):
+            self.moments[self._moment] = total
+        if total > self.peak:
+            self.peak, self.peak_moment = total, self._moment
+            self.at_peak = {k: v for k in {**self.live, **categories} if (v := self.live[k] + categories.get(k, 0))}
+
+    def free(self, *blocks: Block) -> None:
+        """Free what is held."""
+        for block in blocks:
+            if block.device:
+                self.live[block.category] -= block.size
+                self._total -= block.size
+            else:
+                self._host[block.category] -= block.size
+
+    def brief(self, *sizes: float, category: str = "") -> None:
+        """Hold bytes side by side for a moment."""
+        self.free(*[self.hold(size, category) for size in sizes])
+
+    def retag(self, category: str, *blocks: Block) -> None:
+        """Count those of ``blocks`` that are on the device under ``category`` from now on."""
+        for block in blocks:
+            if not block.device:
+                continue
+            self.live[block.category] -= block.size
+            self.live[category] += block.size
+            block.category = category

@@ -1,0 +1,367 @@
+"""What an UPipe layer holds, stage by stage: read beside ``cp/upipe.py``, ``cp/stage.py`` and ``cp/gradients.py``.
+
+Every ``hold`` is a tensor there; what is freed here is what goes out of scope there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchtitan_upipe.cp.gradients import ROWS
+from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, Stage
+from torchtitan_upipe.cp.segments import query_tiles
+from torchtitan_upipe.cp.shards import runs
+from torchtitan_upipe.kernels.visibility import Interval
+from torchtitan_upipe.memory.account import Account, Block
+from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
+from torchtitan_upipe.memory.shape import JobShape
+
+
+@dataclass
+class KVBytes:
+    """KV heads that arrived together: ``k, v`` and, in backward, the wide sums of their gradients."""
+
+    heads: int
+    k: Block
+    v: Block
+    sums: tuple[Block, ...] = ()
+
+
+class UPipeBytes:
+    """The account of one attention layer of one rank.
+
+    Args:
+        account: where everything is held.
+        job: sizes and switches.
+        schedule: the layer's.
+    """
+
+    def __init__(self, account: Account, job: JobShape, schedule: HeadSchedule) -> None:
+        self.account = account
+        self.job = job
+        self.schedule = schedule
+        self.rank = job.rank % job.ulysses
+        self.keys = job.length // job.ring
+        self.tiles = query_tiles(job.tokens, job.query_tiles)
+
+    def forward(self, stash: str, kept: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
+        """The layer's forward pass.
+
+        Args:
+            stash: ``"none"``, ``"device"`` or ``"host"``.
+            kept: in the block's second run, what the first has kept.
+
+        Returns:
+            ``y``, and what is kept: ``o, lse`` of every stage and tile.
+        """
+        account, outputs = self.account, list(kept)
+        newest: list[Block] = []  # on their way to the host
+        kv: dict[int, KVBytes] = {}
+        for index, stage in enumerate(self.schedule.stages):
+            if kept:
+                break
+            if any(stage.fetch.counts):
+                kv[index] = self.fetch_kv(stage)
+            for tile in self.tiles:
+                q, projected = self.queries(stage, tile)
+                account.free(*projected)
+                o, lse = self.attend(stage, tile, kv)
+                account.free(q)
+                o = self.to_sequence(stage, tile, o)
+                account.free(*newest)
+                newest = []
+                if stash == "host":
+                    newest = [o, lse]
+                    o, lse = (account.hold(block.size, "saved", host=True) for block in newest)
+                outputs += [o, lse]
+            for block in stage.leave[self.rank]:
+                left = kv.pop(block)
+                account.free(left.k, left.v)
+        account.free(*newest)
+
+        y = account.hold(self.job.hidden)
+        self._in_slices(self.job.model.heads, self.schedule.stages[0].queries if stash == "host" else None)
+        if stash == "none":
+            account.free(*outputs)
+            outputs = []
+        return y, outputs
+
+    def backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
+        """The layer's backward pass.
+
+        Args:
+            kept: see :meth:`forward`.
+
+        Returns:
+            ``dx`` and the whole weights' gradients.
+        """
+        account, job = self.account, self.job
+        *weights, d_wo = [account.hold(size, "gradients") for size in attention_weights(job, wide_output=True)]
+        stashed = list(zip(kept[::2], kept[1::2], strict=True))
+        fetched: tuple[Block, ...] = ()  # ahead, from the host
+        heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
+        on_host = any(not block.device for block in kept)
+
+        def wait_for_dx(grad: Block) -> None:
+            if on_host:
+                account.free(*heads)
+                heads.clear()
+            heads.append(grad)
+
+        projected: list[Block] = []
+        kv: dict[int, KVBytes] = {}
+        for index, stage in enumerate(self.schedule.stages):
+            # k, v of a new KV set, again
+            if any(stage.fetch.counts):
+                kv[index] = self.fetch_kv(stage)
+
+            parts: list[Block] = []
+            for tile in self.tiles:
+                # o and lse: from the stash, or attention again
+                if stashed:
+                    o_tokens, lse = self._fetched(*stashed.pop(0), fetched)
+                    fetched = self._fetch_next(stashed)
+                    o = self.to_heads(stage, tile, o_tokens)
+                    q, projected = None, []
+                else:
+                    q, projected = self.queries(stage, tile)
+                    o, lse = self.attend(stage, tile, kv)
+                    o_tokens = self.to_sequence(stage, tile, o, keep=True)
+
+                # output projection
+                account.brief(self._cut(stage.queries, copied=True))  # columns of dWo
+                if o_tokens is not o:
+                    account.free(o_tokens)
+                columns, d_tokens = (
+                    account.hold(self._cut(stage.queries)),
+                    account.hold(self._tokens(stage.queries, tile)),
+                )
+                do = self.to_heads(stage, tile, d_tokens)
+                account.free(columns, *([] if do is d_tokens else [d_tokens]))
+
+                # attention
+                if q is None:
+                    q, projected = self.queries(stage, tile)
+                dq = self.attend_backward(stage, tile, kv)
+                account.free(do, q, o, lse)
+
+                # exchange back, undo rope and norm
+                parts.append(self.to_sequence(stage, tile, dq))
+                self._transform_in_slices(self._tokens(stage.queries, tile), norm=job.model.qk_norm)
+                account.free(*projected)
+
+            # query projection
+            if len(parts) > 1:
+                joined = account.hold(self._tokens(stage.queries))
+                account.free(*parts)
+                parts = [joined]
+            account.brief(self._cut(stage.queries, copied=True))
+            wait_for_dx(parts[0])
+
+            # key and value projections, at the end of a KV set, one at a time
+            if any(stage.release.counts):
+                leaving = [kv.pop(block) for block in stage.leave[self.rank]]
+                for block in leaving:
+                    account.free(block.k, block.v)
+                for which in (0, 1):
+                    grad = self.release(stage, leaving, which)
+                    projected = [self.project(stage.release)] if which == 0 and job.model.qk_norm else []
+                    if which == 0:
+                        self._transform_in_slices(self._tokens(stage.release), norm=job.model.qk_norm)
+                    account.brief(self._cut(stage.release, copied=True))
+                    wait_for_dx(grad)
+                    account.free(*projected)
+
+        stacked = account.hold(sum(attention_weights(job)[:3]))
+        dx = account.hold(job.hidden)
+        if on_host:
+            account.free(*heads)
+            heads.clear()
+        self._in_slices(job.model.heads + 2 * job.model.kv_heads, self.schedule.stages[0].queries if on_host else None)
+        rounded = account.hold(attention_weights(job)[3], "gradients")
+        account.free(stacked, d_wo, *heads)
+        return dx, [*weights, rounded]
+
+    # --- phases -------------------------------------------------------------------------------------------------------
+
+    def queries(self, stage: Stage, tile: Interval) -> tuple[Block, list[Block]]:
+        """``q`` of this rank, and the projection where a norm's gradient needs it."""
+        projected = self.project(stage.queries, tile)
+        q = self.transform(projected)
+        exchanged = self.to_heads(stage, tile, q)
+        if exchanged is not q:
+            self.account.free(q)
+        return exchanged, [] if q is projected else [projected]
+
+    def fetch_kv(self, stage: Stage) -> KVBytes:
+        """``k, v`` of the KV set that arrives."""
+        projected = self.project(stage.fetch)
+        k = self.transform(projected)
+        if k is not projected:
+            self.account.free(projected)
+        k = self._keys_to_heads(stage.fetch, k)
+        v = self._keys_to_heads(stage.fetch, self.project(stage.fetch))
+        return KVBytes(stage.fetch.counts[self.rank], k, v)
+
+    def attend(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> tuple[Block, Block]:
+        """``o, lse`` of this rank's heads."""
+        parts = [bytes_.forward() for bytes_, _ in self._calls(stage, tile, kv)]
+        if len(parts) == 1:
+            return parts[0]
+        o, lse = (self.account.hold(sum(block.size for block in column)) for column in zip(*parts, strict=True))
+        for part in parts:
+            self.account.free(*part)
+        return o, lse
+
+    def attend_backward(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> Block:
+        """``dq``; ``dk`` and ``dv`` are added to the sums of their KV set."""
+        parts = []
+        for bytes_, block in self._calls(stage, tile, kv):
+            if not block.sums:
+                size = self.job.heads(block.heads, self.keys, self.job.wide)
+                block.sums = self.account.hold(size), self.account.hold(size)
+            (dq,) = bytes_.backward(into=True)
+            parts.append(self._rounded(dq, self.job.heads(bytes_.heads, bytes_.row_count)))
+        if len(parts) == 1:
+            return parts[0]
+        joined = self.account.hold(sum(part.size for part in parts))
+        self.account.free(*parts)
+        return joined
+
+    def to_heads(self, stage: Stage, tile: Interval, tokens: Block) -> Block:
+        """Exchange; ``tokens`` stay, or are the result where there is one rank."""
+        if self.job.ulysses == 1:
+            return tokens
+        rows = sum(stop - start for start, stop in self._rows(stage, tile))
+        send = self.account.hold(tokens.size)
+        result = self.account.hold(self.job.heads(stage.queries.counts[self.rank], rows))
+        self.account.free(send)
+        return result
+
+    def to_sequence(self, stage: Stage, tile: Interval, heads: Block, keep: bool = False) -> Block:
+        """Exchange back; ``heads`` go unless ``keep``, or are the result where there is one rank."""
+        if self.job.ulysses == 1:
+            return heads
+        received = self.account.hold(self._tokens(stage.queries, tile))
+        joined = self.account.hold(received.size)
+        self.account.free(received, *([] if keep else [heads]))
+        return joined
+
+    def project(self, placement: HeadPlacement, tile: Interval | None = None) -> Block:
+        """One matrix product for the placement's heads."""
+        rows = self.account.hold(self._cut(placement))
+        result = self.account.hold(self._tokens(placement, tile))
+        self.account.free(rows)
+        return result
+
+    def transform(self, heads: Block) -> Block:
+        """RoPE in place, or norm to a new tensor and RoPE there."""
+        result = self.account.hold(heads.size) if self.job.model.qk_norm else heads
+        self._transform_in_slices(heads.size, norm=False)
+        return result
+
+    def release(self, stage: Stage, leaving: Sequence[KVBytes], which: int) -> Block:
+        """``dk`` (0) or ``dv`` (1) of the leaving sets at their tokens' owners; the sums go."""
+        account, sent = self.account, []
+        for kv in leaving:
+            sent.append(self._rounded(kv.sums[which], self.job.heads(kv.heads, self.keys)))
+        if len(sent) > 1:
+            sent.append(account.hold(sum(block.size for block in sent)))
+        received = account.hold(self._tokens(stage.release, copies=True)) if self.job.ulysses > 1 else None
+        copies = len(stage.release.distinct) < sum(stage.release.counts)
+        wide = self.job.wide if copies else self.job.element
+        result = account.hold(self._tokens(stage.release) * wide / self.job.element)
+        account.free(*sent, *([] if received is None else [received]))
+        return self._rounded(result, self._tokens(stage.release))
+
+    # --- the stash on the host ----------------------------------------------------------------------------------------
+
+    def _fetched(self, o: Block, lse: Block, ahead: Sequence[Block]) -> tuple[Block, Block]:
+        """``o, lse`` on the device."""
+        if o.device:
+            return o, lse
+        back = ahead or [self.account.hold(block.size) for block in (o, lse)]
+        self.account.free(o, lse)
+        return back[0], back[1]
+
+    def _fetch_next(self, stashed: Sequence[tuple[Block, Block]]) -> tuple[Block, ...]:
+        if not stashed or stashed[0][0].device:
+            return ()
+        return tuple(self.account.hold(block.size) for block in stashed[0])
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    def _in_slices(self, heads: int, from_host: HeadPlacement | None) -> None:
+        """A product over all heads, some rows at a time; the slice before goes when the next one is there."""
+        rows = min(ROWS, max(stop - start for start, stop in self.tiles))
+        slices = 2 if self.job.tokens > rows else 1
+        fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), rows)
+        product = self.job.batch * rows * self.job.model.dim * self.job.element
+        self.account.brief(slices * self.job.heads(heads, rows), max(fetched, product))
+
+    def _transform_in_slices(self, size: int, norm: bool) -> None:
+        """Wide temporaries of RoPE for some rows of ``size`` bytes of heads; of the norm's gradient."""
+        transform_in_slices(self.account, self.job, size, norm)
+
+    def _tokens(self, placement: HeadPlacement, tile: Interval | None = None, *, copies: bool = False) -> int:
+        heads = sum(placement.counts) if copies else len(placement.distinct)
+        return self.job.heads(heads, None if tile is None else tile[1] - tile[0])
+
+    def _cut(self, placement: HeadPlacement, copied: bool = False) -> int:
+        """Rows of a weight for the placement's heads: copied where they are not consecutive."""
+        copied = copied or len(list(runs(placement.distinct))) > 1
+        width = self.job.model.head_dim * self.job.model.dim * self.job.element
+        return len(placement.distinct) * width if copied else 0
+
+    def _rounded(self, block: Block, size: int) -> Block:
+        """``block`` in the dtype of the activations, of ``size`` bytes."""
+        if block.size == size:
+            return block
+        rounded = self.account.hold(size)
+        self.account.free(block)
+        return rounded
+
+    def _keys_to_heads(self, placement: HeadPlacement, tokens: Block) -> Block:
+        if self.job.ulysses == 1:
+            return tokens
+        send = self.account.hold(self._tokens(placement, copies=True))
+        result = self.account.hold(self.job.heads(placement.counts[self.rank], self.keys))
+        self.account.free(send, tokens)
+        return result
+
+    def _rows(self, stage: Stage, tile: Interval) -> tuple[Interval, ...]:
+        return stage.rows(self.job.tokens, tile).computed_by(self.rank)
+
+    def _calls(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> list[tuple[AttentionBytes, KVBytes]]:
+        rows = self._rows(stage, tile)
+        return [
+            (
+                AttentionBytes(
+                    self.account, self.job, call.queries[1] - call.queries[0], call.keys[1] - call.keys[0], rows
+                ),
+                kv[call.block],
+            )
+            for call in stage.calls[self.rank]
+        ]
+
+
+def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool = False) -> None:
+    """RoPE of ``size`` bytes of heads, ``ROWS`` tokens at a time in float32; and the gradient of a norm before it."""
+    rows = min(ROWS, job.tokens)
+    wide = size * job.wide / job.element * rows / job.tokens
+    copies = wide if job.element < job.wide else 0
+    again = wide / 2 if job.tokens > rows else 0  # of the slice before
+    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
+    account.brief(copies, 2 * wide, again, angles)
+    if norm:
+        account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
+
+
+def attention_weights(job: JobShape, wide_output: bool = False) -> list[int]:
+    """Bytes of ``wq, wk, wv, wo`` as they are computed with; the gradient of ``wo`` is summed in float32."""
+    width, model = job.model.head_dim * job.model.dim, job.model
+    elements = (job.element, job.element, job.element, job.wide if wide_output else job.element)
+    return [
+        width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)
+    ]

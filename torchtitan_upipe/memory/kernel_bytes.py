@@ -1,0 +1,173 @@
+"""What attention over the gathered tokens holds: kernel calls, pieces, ring. Reads like ``kernels/pieces.py`` and
+``cp/ring.py``; the pieces are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torchtitan_upipe.cp.ring import zigzag_tokens
+from torchtitan_upipe.kernels.pieces import Rectangle, rectangles
+from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
+from torchtitan_upipe.memory.account import Account, Block
+from torchtitan_upipe.memory.shape import JobShape
+
+
+class AttentionBytes:
+    """The account of :class:`~torchtitan_upipe.cp.attention.SequenceAttention` for causal sequences.
+
+    Args:
+        heads: query heads of the call.
+        kv_heads: KV heads of the call.
+        rows: query rows among the ``T`` gathered tokens.
+    """
+
+    def __init__(self, account: Account, job: JobShape, heads: int, kv_heads: int, rows: Sequence[Interval]) -> None:
+        self.account = account
+        self.job = job
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.rows = rows
+        self.row_count = sum(stop - start for start, stop in rows)
+        self.keys = job.length // job.ring
+        self.wide = job.wide
+
+    def forward(self) -> tuple[Block, Block]:
+        """``out``, ``lse``."""
+        if self.job.ring > 1:
+            return self._ring_forward()
+        pieces = self._pieces(0)
+        if len(pieces) == 1:
+            out, lse = next(self._parts(pieces))
+            return self._rounded(out), lse
+        result = self._out(self.row_count), self._lse(self.row_count)
+        for part in self._parts(pieces):
+            self.account.free(*part)
+        return result
+
+    def backward(self, into: bool = False) -> list[Block]:
+        """``dq, dk, dv``; without the last two where they are added ``into`` sums that the caller holds."""
+        if self.job.ring > 1:
+            dq, *d_kv = self._ring_backward()
+            if into:
+                self.account.free(*d_kv)
+            return [dq] if into else [dq, *d_kv]
+        max_keys = -(-self.keys // self.job.query_tiles) if self.job.query_tiles > 1 else None
+        return self._call_backward(self._pieces(0), into, max_keys)
+
+    # --- pieces -------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, step: int) -> list[Piece]:
+        job = self.job
+        ring_rank = job.rank // job.ulysses
+        mine = zigzag_tokens(job.length, ring_rank, job.ring).rows(self.rows)
+        arrived: Tokens = zigzag_tokens(job.length, (ring_rank - step) % job.ring, job.ring)
+        return visible_pieces(mine, arrived)
+
+    def _parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[Block, Block]]:
+        for piece in pieces:
+            rows = piece.rows[1] - piece.rows[0]
+            out, lse = self._out(rows), self._lse(rows)
+            for _ in rectangles(piece)[1:]:
+                out, lse = self._widened(out, rows), lse
+                part = self._out(rows), self._lse(rows)
+                self._merge(rows)
+                self.account.free(*part)
+            yield out, lse
+
+    def _merge(self, rows: int) -> None:
+        self.account.brief(self._size(rows, self.heads, self.wide), *[self._lse_size(rows)] * 3)
+
+    def _call_backward(self, pieces: Sequence[Piece], into: bool = False, max_keys: int | None = None) -> list[Block]:
+        calls = [call for piece in pieces for call in rectangles(piece, max_keys)]
+        if len(calls) == 1 and calls[0][:2] == ((0, self.row_count), (0, self.keys)):
+            dq, *d_kv = self._kernel_backward(calls[0])
+            if into:
+                self.account.free(*d_kv)
+            return [dq] if into else [dq, *d_kv]
+        grads = [(self.row_count, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
+        totals = [self.account.hold(self._size(*grad, self.wide)) for grad in grads[: 1 if into else 3]]
+        for call in calls:
+            self.account.free(*self._kernel_backward(call))
+        return totals
+
+    def _kernel_backward(self, call: Rectangle) -> list[Block]:
+        rows, keys = (stop - start for start, stop in call[:2])
+        grads = [(rows, self.heads), (keys, self.kv_heads), (keys, self.kv_heads)]
+        blocks = [self.account.hold(self._size(*grad)) for grad in grads]
+        if self.job.workspace:  # see kernels/simulated.py
+            kept = [self._size(rows, self.heads, 4), self._lse_size(rows)]
+            if self.heads != self.kv_heads:
+                kept += [self._size(keys, self.heads)] * 2
+            self.account.brief(*kept, category="workspace")
+        return blocks
+
+    # --- ring ---------------------------------------------------------------------------------------------------------
+
+    def _ring_forward(self) -> tuple[Block, Block]:
+        account, kv_size = self.account, 2 * self._size(self.keys, self.kv_heads)
+        out, lse = account.hold(self._size(self.row_count, self.heads, self.wide)), self._lse(self.row_count)
+        kv: list[Block] = []  # the first ones are the caller's
+        for step in range(self.job.ring):
+            arriving = [account.hold(kv_size)] if step + 1 < self.job.ring else []
+            for piece in self._pieces(step):
+                part = next(self._parts([piece]))
+                self._merge(piece.rows[1] - piece.rows[0])
+                account.free(*part)
+            account.free(*kv)
+            kv = arriving
+        return self._rounded(out), lse
+
+    def _ring_backward(self) -> list[Block]:
+        account, job = self.account, self.job
+        kv_size, d_kv_size = (2 * self._size(self.keys, self.kv_heads, e) for e in (job.element, self.wide))
+        dq = account.hold(self._size(self.row_count, self.heads, self.wide))
+        kv: list[Block] = []
+        d_kv, returning = account.hold(d_kv_size), None
+        parts: list[Block] = []
+        for step in range(job.ring):
+            arriving = [account.hold(kv_size)] if step + 1 < job.ring else []
+            pieces = self._pieces(step)
+            found = self._call_backward(pieces) if pieces else []
+            account.free(*parts)
+            parts = found
+            if returning is not None:
+                account.free(d_kv)
+                d_kv = returning
+            returning = account.hold(d_kv_size)
+            account.free(*kv)
+            kv = arriving
+        account.free(d_kv, *parts)
+        dk, dv = account.hold(d_kv_size / 2), account.hold(d_kv_size / 2)
+        account.free(returning) if returning is not None else None
+        return [dq, dk, dv]
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    def _size(self, rows: int, heads: int, element: int | None = None) -> int:
+        return self.job.heads(heads, rows, element)
+
+    def _lse_size(self, rows: int) -> int:
+        return self.job.batch * self.heads * rows * self.wide
+
+    def _out(self, rows: int) -> Block:
+        return self.account.hold(self._size(rows, self.heads))
+
+    def _lse(self, rows: int) -> Block:
+        return self.account.hold(self._lse_size(rows))
+
+    def _widened(self, out: Block, rows: int) -> Block:
+        size = self._size(rows, self.heads, self.wide)
+        if out.size == size:
+            return out
+        wide = self.account.hold(size)
+        self.account.free(out)
+        return wide
+
+    def _rounded(self, out: Block) -> Block:
+        size = self._size(self.row_count, self.heads)
+        if out.size == size:
+            return out
+        rounded = self.account.hold(size)
+        self.account.free(out)
+        return rounded

@@ -1,0 +1,167 @@
+"""What fits: the longest context of each method, and the fastest settings for a wanted context, by the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import lcm
+
+from torchtitan.config import JobConfig
+
+from torchtitan_upipe.cp.head_schedule import round_head_chunk
+from torchtitan_upipe.device import SIMULATED, memory_of_rank
+from torchtitan_upipe.memory.ledger import predict_shape
+from torchtitan_upipe.memory.prediction import Prediction
+from torchtitan_upipe.memory.shape import JobShape, job_shape
+
+TILE_SIZES = (32768, 16384, 8192)
+QUERY_TILES = (1, 2, 4, 8)
+STASHES = ("device", "host", "none")  # the last computes attention a second time
+LONGEST = 2**28  # tokens; no search goes beyond
+GIB = 2**30
+RESERVE = {"cuda": 4 * GIB, "cpu": 0}  # the device's context, buffers of the communication library, fragmentation
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that one rank may use."""
+
+    device: float
+    host: float
+
+    def holds(self, prediction: Prediction) -> bool:
+        """Whether the prediction fits."""
+        return prediction.device_bytes <= self.device and prediction.host_bytes <= self.host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a job and what they need."""
+
+    job: JobShape
+    prediction: Prediction
+
+
+def candidates(job: JobShape) -> Iterator[JobShape]:
+    """Settings of ``job``'s method, fastest first: time grows with recomputing, then transfers, stages and tiles."""
+    full = replace(job, checkpoint=True, tile_size=TILE_SIZES[0], stash_budget=0)
+    if job.method != "upipe":
+        for offload in (False, True):
+            for tile_size in TILE_SIZES:
+                yield replace(full, offload=offload, tile_size=tile_size)
+        return
+    for stash in STASHES:
+        for offload in (False, True):
+            for tiles in QUERY_TILES:
+                for chunk in head_chunks(job):
+                    yield replace(full, stash=stash, offload=offload, query_tiles=tiles, head_chunk=chunk)
+    smallest = min(head_chunks(job))
+    for tile_size in TILE_SIZES[1:]:
+        for stash in STASHES:
+            yield replace(
+                full,
+                stash=stash,
+                offload=True,
+                query_tiles=QUERY_TILES[-1],
+                head_chunk=smallest,
+                tile_size=tile_size,
+            )
+
+
+def head_chunks(job: JobShape) -> list[int]:
+    """The head chunks that the schedule does not round, down to one head a rank; largest first."""
+    heads = job.model.heads
+    found = {round_head_chunk(heads, job.ulysses, chunk) for chunk in range(min(job.ulysses, heads), heads + 1)}
+    return sorted((chunk for chunk in found if heads % chunk == 0), reverse=True) or sorted(found, reverse=True)
+
+
+def fastest(job: JobShape, budget: Budget) -> Plan | None:
+    """The first of :func:`candidates` that fits, or None."""
+    for candidate in candidates(job):
+        prediction = predict_shape(candidate)
+        if budget.holds(prediction):
+            return Plan(candidate, prediction)
+    return None
+
+
+def longest(job: JobShape, budget: Budget) -> Plan | None:
+    """The longest context that fits under any of :func:`candidates`, to 1% or one step, and its fastest settings.
+
+    None where not even one step of 1024 tokens a rank fits.
+    """
+    step = 1024 * lcm(job.ulysses * job.ring, 2 * job.ring)
+    least = list(candidates(job))[-len(STASHES) :]  # the settings that need least
+
+    def fits(steps: int) -> bool:
+        return any(budget.holds(predict_shape(replace(c, length=steps * step))) for c in least)
+
+    low, high = 0, 1
+    while fits(high) and high * step < LONGEST:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return fastest(replace(job, length=low * step), budget) if low else None
+
+
+def fill_head_chunk(config: JobConfig, world_size: int, device_type: str) -> None:
+    """Set a UPipe job's ``head_chunk = 0`` to the largest chunk with which it fits into the device's memory.
+
+    The simulated device has no end: there 0 stays, and means all heads.
+
+    Raises:
+        ValueError: the smallest chunk does not fit.
+    """
+    cp = config.context_parallel
+    if cp.method != "upipe" or cp.head_chunk != 0 or device_type == SIMULATED:
+        return
+    job = job_shape(config, world_size)
+    device = memory_of_rank(device_type) - RESERVE[device_type]
+    chunks = head_chunks(job)
+    for chunk in chunks:
+        prediction = predict_shape(replace(job, head_chunk=chunk))
+        if prediction.device_bytes <= device:
+            cp.head_chunk = chunk
+            return
+    raise ValueError(
+        f"head_chunk = 0 asks for the largest chunk that fits, and the smallest, {chunks[-1]}, needs "
+        f"{prediction.device_bytes / GIB:.1f} GiB of the {max(device, 0) / GIB:.1f} GiB that a rank has; "
+        f"{advice(prediction, replace(job, head_chunk=chunks[-1]))}."
+    )
+
+
+def explain_out_of_memory(config: JobConfig, error: BaseException) -> str:
+    """One sentence: what takes the most where the ledger sees the peak, and the next knob to turn."""
+    words = str(error).split(". ")[0].strip().rstrip(".") or "no memory left"
+    if config.context_parallel.method == "torchtitan":
+        return f'{words}; use method = "upipe", a shorter sequence or more ranks.'
+    job = job_shape(config)
+    prediction = predict_shape(job)
+    category = max(prediction.by_category, key=lambda name: prediction.by_category[name])
+    return (
+        f"{words}; the ledger predicts a peak of {prediction.device_bytes / GIB:.2f} GiB in {prediction.moment}, "
+        f"most of it {category} ({prediction.by_category[category] / GIB:.2f} GiB); {advice(prediction, job)}."
+    )
+
+
+def advice(prediction: Prediction, job: JobShape) -> str:
+    """The next knob to turn for less memory at the peak of ``prediction``."""
+    largest = max(prediction.by_category, key=lambda name: prediction.by_category[name])
+    activations = {"attention stage", "workspace"}
+    if job.tile_size == 0 and largest in {"loss", "tiles", "saved"}:
+        return f"set context_parallel.tile_size = {TILE_SIZES[0]}"
+    if not job.checkpoint:
+        return 'set activation_checkpoint.mode = "full"'
+    if largest == "saved" and job.method == "upipe" and job.stash == "device":
+        return 'set context_parallel.stash = "host"'
+    if largest == "block inputs" and not job.offload:
+        return "set activation_checkpoint.offload = true"
+    if largest in activations and job.method != "upipe":
+        return 'set context_parallel.method = "upipe"'
+    if largest in activations and job.head_chunk > min(head_chunks(job)):
+        return f"set context_parallel.head_chunk = {max(c for c in head_chunks(job) if c < job.head_chunk)}"
+    if largest in activations and job.query_tiles < QUERY_TILES[-1]:
+        return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
+    if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
+        return f"set context_parallel.tile_size = {job.tile_size // 2}"
+    return "use more ranks or a shorter sequence"

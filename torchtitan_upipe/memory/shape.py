@@ -1,0 +1,184 @@
+"""What the ledger's formulas need to know of a job: sizes, dtypes and switches of one rank. Allocates nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
+
+from torchtitan_upipe.data.sharding import degrees, length_divisor
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One flavor; ``block`` are the shapes of the weights of one block, ``(rows, columns)`` or ``(rows,)``."""
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocab: int
+    tied: bool
+    qk_norm: bool
+    block: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """One rank of a job.
+
+    Attributes:
+        model: the flavor.
+        batch: ``B``, sequences of a micro-batch.
+        length: ``S``, padded.
+        ulysses: ranks of the all-to-all.
+        ring: ranks of the ring.
+        shards: ranks over which FSDP2 shards; 1 = no FSDP2.
+        element: bytes of an element in which activations are computed.
+        stored: bytes of an element in which parameters and their gradients' shards are kept.
+        reduced: bytes of an element in which gradients are reduced.
+        stash_budget: host bytes for the stashes of all layers; 0 = no limit.
+        workspace: count what the attention kernel's backward holds beside its results.
+    """
+
+    model: ModelShape
+    batch: int
+    length: int
+    rank: int
+    ulysses: int
+    ring: int
+    shards: int
+    element: int
+    stored: int
+    reduced: int
+    method: str
+    head_chunk: int
+    query_tiles: int
+    stash: str
+    stash_budget: float
+    tile_size: int
+    checkpoint: bool
+    offload: bool
+    positions: bool
+    workspace: bool
+
+    @property
+    def tokens(self) -> int:
+        """``N``, tokens of this rank in each sequence."""
+        return self.length // (self.ulysses * self.ring)
+
+    @property
+    def rows(self) -> int:
+        """``B * N``."""
+        return self.batch * self.tokens
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of one hidden tensor ``[B, N, D]``."""
+        return self.rows * self.model.dim * self.element
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element of a sum."""
+        return max(self.element, 4)
+
+    def stash_of(self, layer: int) -> str:
+        """What ``layer`` keeps of its stages: with a budget on the host, later layers keep nothing."""
+        if self.stash != "host" or self.stash_budget == 0:
+            return self.stash
+        size = self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
+        return "host" if layer < int(self.stash_budget / size) else "none"
+
+    def heads(self, count: int, rows: int | None = None, element: int | None = None) -> int:
+        """Bytes of ``[B, rows, count, d]``; ``rows`` are this rank's tokens unless given."""
+        return self.batch * (rows or self.tokens) * count * self.model.head_dim * (element or self.element)
+
+
+def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, workspace: bool = True) -> JobShape:
+    """The shape of ``config``'s job.
+
+    Args:
+        world_size: ranks of the job; by default what started this process says, else what the parallel degrees need.
+        rank: the rank that is looked at.
+        workspace: see :class:`JobShape`.
+
+    Raises:
+        ValueError: the method is TorchTitan's own context parallelism.
+    """
+    if config.context_parallel.method == "torchtitan":
+        raise ValueError('memory is not predicted for method = "torchtitan"; choose "upipe", "ulysses" or "ring".')
+    training, parallel, cp = config.training, config.parallelism, config.context_parallel
+    degree = parallel.context_parallel_degree
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", needed_ranks(config)))
+    shards = world_size // parallel.data_parallel_replicate_degree
+    ulysses, ring = degrees(cp.method, degree, cp.ring_degree)
+    divisor = length_divisor(ulysses, ring)
+    computed = training.mixed_precision_param if shards > 1 or training.dtype != "bfloat16" else training.dtype
+    model = model_shape(config.model.name, config.model.flavor)
+    return JobShape(
+        model=model,
+        batch=training.local_batch_size,
+        length=-(-training.seq_len // divisor) * divisor,
+        rank=rank % degree,
+        ulysses=ulysses,
+        ring=ring,
+        shards=shards,
+        element=_bytes(computed),
+        stored=_bytes(training.dtype),
+        reduced=_bytes(training.mixed_precision_reduce),
+        method=cp.method,
+        head_chunk=cp.head_chunk or model.heads,
+        query_tiles=cp.query_tiles,
+        stash=cp.stash,
+        stash_budget=cp.stash_budget_gib * 2**30,
+        tile_size=cp.tile_size,
+        checkpoint=config.activation_checkpoint.mode == "full",
+        offload=config.activation_checkpoint.offload,
+        positions=degree > 1 or training.document_mask,
+        workspace=workspace,
+    )
+
+
+def needed_ranks(config: JobConfig) -> int:
+    """Ranks that the job's degrees multiply to; a sharding degree left open counts as 1."""
+    p = config.parallelism
+    return p.context_parallel_degree * p.data_parallel_replicate_degree * max(p.data_parallel_shard_degree, 1)
+
+
+@cache
+def model_shape(name: str, flavor: str) -> ModelShape:
+    """Shapes of a flavor, read from a model of one layer that holds no data."""
+    spec = get_train_spec(name)
+    args: Any = spec.model_args[flavor]
+    with torch.device("meta"):
+        model: Any = spec.model_cls(replace(args, n_layers=1))
+    block = model.layers["0"]
+    return ModelShape(
+        layers=args.n_layers,
+        dim=args.dim,
+        heads=args.n_heads,
+        kv_heads=args.n_kv_heads or args.n_heads,
+        head_dim=block.attention.head_dim,
+        inner=block.feed_forward.w1.out_features,
+        vocab=args.vocab_size,
+        tied=getattr(args, "enable_weight_tying", False),
+        qk_norm=getattr(block.attention, "q_norm", None) is not None,
+        block=tuple(tuple(p.shape) for p in block.parameters()),
+    )
+
+
+def shard_elements(shape: tuple[int, ...], shards: int) -> int:
+    """Elements of a weight that a rank holds: FSDP2 cuts the rows, padded."""
+    return -(-shape[0] // shards) * prod(shape[1:])
+
+
+def _bytes(dtype: str) -> int:
+    return TORCH_DTYPE_MAP[dtype].itemsize

@@ -1,0 +1,206 @@
+"""``python -m torchtitan_upipe.plan --job.config_file X --device-memory 80GiB --host-memory 2TiB [--world-size 8]``.
+
+Says how long a context each method can train, and with which settings, by the ledger (``memory/``).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
+from torchtitan.config import JobConfig
+
+from torchtitan_upipe.config import config_file
+from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.memory.planner import Budget, Plan, fastest, longest
+from torchtitan_upipe.memory.shape import JobShape, job_shape, needed_ranks
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{letter}iB": 2 ** (10 * i) for i, letter in enumerate("KMGT", 1)
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """Longest contexts and best settings for given memory. All other options are the job's."""
+
+    device_memory: str
+    """Memory of one device, e.g. 80GiB."""
+
+    host_memory: str = "2TiB"
+    """Memory of one host."""
+
+    world_size: int = 0
+    """Ranks of the job; 0 = as many as its degrees need."""
+
+    ranks_per_host: int = 8
+    """Ranks that share a host's memory, at most."""
+
+    reserve: str = "4GiB"
+    """Left free on each device: its context, buffers of the communication library, fragmentation."""
+
+    write: str = ""
+    """Write the job file with the settings for the job's own context here."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the table; return the exit code."""
+    options, job_args = tyro.cli(
+        Options, args=None if args is None else list(args), return_unknown_args=True, prog="torchtitan_upipe.plan"
+    )
+    try:
+        config = read_job(job_args, options.world_size, SIMULATED)
+        world_size = options.world_size or needed_ranks(config)
+        budget = _budget(options, world_size)
+        job = job_shape(config, world_size)
+        wanted = fastest(job, budget)
+        if options.write:
+            if wanted is None:
+                raise ValueError(
+                    f"no settings train {config.training.seq_len} tokens with method = {job.method!r} in "
+                    f"{budget.device / GIB:.1f} GiB; shorten training.seq_len or use more ranks."
+                )
+            _write(options.write, job_args, wanted)
+    except ValueError as error:
+        print(f"ValueError: {error}", file=sys.stderr)
+        return 1
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    console.print(_table(config, world_size, budget, wanted, [longest(shape, budget) for shape in _methods(job)], job))
+    if options.write:
+        console.print(f"Wrote {options.write}")
+    return 0
+
+
+def parse_bytes(text: str) -> float:
+    """``"80GiB"``, ``"2 TiB"``, ``"80GB"`` or a plain number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = next((u for u in UNITS if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None or match[1].count(".") > 1:
+        raise ValueError(f"{text!r} is no amount of memory; write a number and a unit, for example 80GiB.")
+    return float(match[1]) * UNITS[unit]
+
+
+def _budget(options: Options, world_size: int) -> Budget:
+    device = parse_bytes(options.device_memory) - parse_bytes(options.reserve)
+    if device <= 0:
+        raise ValueError(
+            f"--reserve {options.reserve} leaves nothing of --device-memory {options.device_memory}; lower it."
+        )
+    return Budget(device, parse_bytes(options.host_memory) / min(world_size, options.ranks_per_host))
+
+
+def _methods(job: JobShape) -> Iterator[JobShape]:
+    """The job under each method, on the same ranks; hybrids if the job is one."""
+    degree = job.ulysses * job.ring
+    for method in ("upipe", "ulysses"):
+        yield replace(job, method=method, ulysses=degree, ring=1)
+        if job.ring > 1 and job.method != "ring":
+            yield replace(job, method=method)
+    if degree > 1:
+        yield replace(job, method="ring", ulysses=1, ring=degree)
+
+
+def _table(
+    config: JobConfig,
+    world_size: int,
+    budget: Budget,
+    wanted: Plan | None,
+    longest_: Sequence[Plan | None],
+    job: JobShape,
+) -> Table:
+    table = Table(
+        title=f"{config.model.name} {config.model.flavor} on {world_size} ranks, {budget.device / GIB:.1f} GiB of each "
+        f"device and {budget.host / GIB:.0f} GiB of host memory a rank"
+    )
+    for name in ("", "method", "tokens", "head chunk", "query tiles", "stash", "offload", "tile size"):
+        table.add_column(name)
+    for name in ("device GiB", "host GiB"):
+        table.add_column(name, justify="right")
+    table.add_column("peak")
+    if wanted is None:
+        table.add_row("this job", _method(job), f"{job.length:,}", "does not fit")
+    else:
+        table.add_row("this job", *_cells(wanted))
+    table.add_section()
+    for plan in longest_:
+        if plan is not None:
+            table.add_row("longest", *_cells(plan))
+    return table
+
+
+def _cells(plan: Plan) -> list[str]:
+    job, prediction = plan.job, plan.prediction
+    upipe = job.method == "upipe"
+    return [
+        _method(job),
+        f"{job.length:,}",
+        str(job.head_chunk) if upipe else "",
+        str(job.query_tiles) if upipe else "",
+        job.stash if upipe else "",
+        "yes" if job.offload else "no",
+        str(job.tile_size),
+        f"{prediction.device_bytes / GIB:.1f}",
+        f"{prediction.host_bytes / GIB:.1f}",
+        prediction.moment,
+    ]
+
+
+def _method(job: JobShape) -> str:
+    return job.method if job.ring == 1 or job.ulysses == 1 else f"{job.method} {job.ulysses} x ring {job.ring}"
+
+
+def _write(path: str, job_args: Sequence[str], plan: Plan) -> None:
+    """The job's file with the plan's settings in it; what else the command line says does not go there."""
+    source = config_file(job_args)
+    values: dict[str, Any] = tomllib.loads(Path(source).read_text()) if source else {}
+    job = plan.job
+    settings: dict[str, Any] = {"tile_size": job.tile_size}
+    if job.method == "upipe":
+        settings |= {"head_chunk": job.head_chunk, "query_tiles": job.query_tiles, "stash": job.stash}
+    values.setdefault("context_parallel", {}).update(settings)
+    values.setdefault("activation_checkpoint", {}).update(mode="full", offload=job.offload)
+    Path(path).write_text("\n".join(_toml(values)) + "\n")
+
+
+def _toml(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines of a TOML file of sections, strings, numbers, booleans and lists of them."""
+    if prefix:
+        yield f"\n[{prefix}]"
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            yield f"{name} = {_literal(value)}"
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _toml(value, f"{prefix}.{name}" if prefix else name)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    return repr(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
