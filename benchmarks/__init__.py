@@ -1,0 +1,1 @@
+"""Commands that compare context-parallel methods: ``ab`` (sweep), ``report`` (beside the paper), ``rehearse`` (one rank)."""
