@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--methods", required=True, help='e.g. upipe,ulysses,ring; ratios are to the first')
+    parser.add_argument("--methods", required=True, help="e.g. upipe,ulysses,ring; ratios are to the first")
     parser.add_argument("--seq_lens", required=True, help="e.g. 8k,16k or 1m; k = 1024, m = 1024 k")
     parser.add_argument("--head_chunks", default="", help="one UPipe arm each; default: the job file's")
     parser.add_argument("--rounds", type=int, default=1, help="how often the whole sequence of arms is run")
@@ -107,9 +107,7 @@ def run_sweep(sweep: Sweep, predict: Predict = predict) -> list[Record]:
     done = {record["run"]: record for record in results.load()}
     others = {record["job"] for record in done.values()} - {fingerprint}
     if others:
-        raise ValueError(
-            f"{results.path} holds results of another job file, overrides or steps; choose another --out."
-        )
+        raise ValueError(f"{results.path} holds results of another job file, overrides or steps; choose another --out.")
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with results.writing(), Progress(*columns, console=console) as progress:

@@ -149,10 +149,14 @@ def run(config: JobConfig, warmup: int, steps: int) -> list[RankMeasurement]:
 def summary(config: JobConfig, ranks: Sequence[RankMeasurement], warmup: int, how: str) -> dict[str, Any]:
     """The JSON object of a run that went well. A step takes as long as its slowest rank."""
     seconds = [max(times) for times in zip(*(rank.step_seconds for rank in ranks), strict=True)]
-    quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
     p, training = config.parallelism, config.training
     batch_ranks = len(ranks) // p.context_parallel_degree
-    sequences = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * batch_ranks
+    sequences = (
+        training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * batch_ranks
+    )
     return {
         "status": "ok",
         "ranks": len(ranks),

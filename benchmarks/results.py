@@ -58,7 +58,9 @@ class ResultsFile:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another sweep is writing {self.path}; wait for it or choose another --out.") from None
+                raise ValueError(
+                    f"another sweep is writing {self.path}; wait for it or choose another --out."
+                ) from None
             content = self.path.read_bytes()
             file.truncate(content.rfind(b"\n") + 1)
             yield

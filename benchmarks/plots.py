@@ -1,0 +1,105 @@
+"""Plots of a sweep. A method has one colour in all of them; its head chunks differ in their markers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.arms import Arm, spell_length
+from benchmarks.results import GIB, ArmResult
+from benchmarks.tables import SMALL, arm_names
+
+# Okabe and Ito's palette, told apart by colour-blind readers too
+COLOURS = {"upipe": "#D55E00", "ulysses": "#0072B2", "ring": "#009E73", "torchtitan": "#CC79A7"}
+MARKERS = "osD^vP*X"
+SPREAD = 3.0  # from this ratio of largest to smallest on, an axis is logarithmic
+
+
+def plot_sweep(results: Mapping[Arm, ArmResult], folder: Path) -> list[Path]:
+    """Write the plots that the results allow; return their paths."""
+    paths = []
+    good = {arm: result for arm, result in results.items() if result.status == "ok"}
+    if good:
+        rates = {arm: result.tokens_per_second for arm, result in good.items()}
+        paths.append(_over_context(rates, results, "throughput [tokens/s/rank]", folder / "throughput.png"))
+        unit, name = (GIB, "GiB") if max(r.peak_device for r in good.values()) >= SMALL else (2**20, "MiB")
+        peaks = {arm: result.peak_device / unit for arm, result in good.items()}
+        label = f"peak device memory, measured [{name}]"
+        paths.append(_over_context(peaks, results, label, folder / "memory.png"))
+    predicted = {arm: result for arm, result in results.items() if result.predicted}
+    if predicted:
+        paths.append(_by_category(predicted, folder / "memory_by_category.png"))
+    return paths
+
+
+def _over_context(values: Mapping[Arm, float], results: Mapping[Arm, ArmResult], label: str, path: Path) -> Path:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    names = arm_names(results)
+    for index, name in enumerate(names):
+        arms = sorted((arm for arm in results if arm.name == name), key=lambda arm: arm.seq_len)
+        points = [(arm.seq_len, values[arm]) for arm in arms if arm in values]
+        style = {"color": COLOURS[arms[0].method], "marker": MARKERS[index % len(MARKERS)]}
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+        for arm in arms:
+            if arm not in values:  # stands at the foot of the plot, in its method's colour
+                text = f"{name}: {results[arm].status}"
+                place = (arm.seq_len, 0.02 + 0.05 * index)
+                across = axes.get_xaxis_transform()
+                axes.text(*place, text, color=style["color"], transform=across, ha="center", fontsize=8)
+    _context_axis(axes, {arm.seq_len for arm in results})
+    _value_axis(axes, values.values())
+    axes.set_ylabel(label)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _context_axis(axes: Axes, lengths: Iterable[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: spell_length(round(x))))
+    axes.margins(x=0.15)
+    axes.set_xlabel("context [tokens]")
+    axes.grid(alpha=0.3)
+
+
+def _value_axis(axes: Axes, values: Iterable[float]) -> None:
+    shown = list(values)
+    if max(shown) < SPREAD * min(shown):
+        axes.set_ylim(bottom=0)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+
+
+def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
+    """Stacked bars of the prediction, with the measured peak as a mark in the method's colour."""
+    categories = list(dict.fromkeys(name for result in results.values() for name in result.predicted))
+    arms = sorted(results, key=lambda arm: (arm.seq_len, arm.name))
+    shades = colormaps["Greys"].resampled(len(categories) + 2)
+    figure = Figure(figsize=(max(6.4, 1.1 * len(arms)), 4.8), layout="constrained")
+    axes = figure.subplots()
+    foot = [0.0] * len(arms)
+    for index, category in enumerate(categories):
+        heights = [results[arm].predicted.get(category, 0) / GIB for arm in arms]
+        axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index + 1), edgecolor="black", label=category)
+        foot = [below + height for below, height in zip(foot, heights, strict=True)]
+    for place, arm in enumerate(arms):
+        if results[arm].peak_device:
+            axes.hlines(
+                results[arm].peak_device / GIB, place - 0.45, place + 0.45, color=COLOURS[arm.method], linewidth=3
+            )
+    axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
+    axes.set_ylabel("predicted memory of a rank [GiB]\ncoloured line: measured peak")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    return path
