@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.data.documents import positions_in_documents
+from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.models.attention import NormThenRope
 from torchtitan_upipe.models.rope import Rope
 
@@ -17,7 +19,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """An attention layer: ``H`` query heads, ``G`` KV heads, width ``d`` per head, model width ``D``."""
+    """An attention layer: ``H`` query heads, ``G`` KV heads, width ``d`` per head, model width ``D``.
+
+    ``starts`` are the first positions of packed documents, per sequence of the batch.
+    """
 
     heads: int
     kv_heads: int
@@ -27,6 +32,28 @@ class Shape:
     interleaved: bool = True
     batch: int = 1
     length: int = 64
+    starts: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def documents(self) -> Documents | None:
+        return None if self.starts is None else Documents(self.starts)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of all tokens for RoPE, ``[B or 1, S]``."""
+        if self.documents is None:
+            return torch.arange(self.length).unsqueeze(0)
+        return positions_in_documents(self.documents, self.length)
+
+    @property
+    def mask(self) -> Tensor:
+        """Who sees whom, ``[B or 1, 1, S, S]`` bool: the definition, token by token."""
+        later = torch.ones(self.length, self.length, dtype=torch.bool).triu(1)
+        if self.starts is None:
+            return ~later[None, None]
+        token = torch.arange(self.length)
+        number = torch.stack([(token[:, None] >= torch.tensor(starts)).sum(1) for starts in self.starts])
+        return (~later & (number[:, :, None] == number[:, None, :])).unsqueeze(1)
 
 
 @dataclass
@@ -64,11 +91,11 @@ class Case:
         return case
 
     def transform(self, positions: Tensor, dtype: torch.dtype) -> NormThenRope:
-        """Norm and RoPE of the given positions ``[N]``."""
+        """Norm and RoPE of the given positions ``[B or 1, N]``."""
         frequencies = 10000.0 ** -(
             torch.arange(0, self.shape.head_dim, 2, device=positions.device).double() / self.shape.head_dim
         )
-        angles = (positions.double()[:, None] * frequencies)[None, :, None]  # [1, N, 1, d/2]
+        angles = (positions.double()[..., None] * frequencies).unsqueeze(2)  # [B or 1, N, 1, d/2]
         wide = torch.promote_types(dtype, torch.float32)
         return NormThenRope(Rope(angles.cos().to(wide), angles.sin().to(wide), self.shape.interleaved), EPS)
 
@@ -82,12 +109,17 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
     s = case.shape
     x = _leaf(case.x, dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
-    transform = case.transform(torch.arange(s.length, device=device), dtype)
+    transform = case.transform(s.positions.to(device), dtype)
     q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
     k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
     v = F.linear(x, w["wv"]).unflatten(-1, (-1, s.head_dim))
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if s.starts is None else s.mask.to(device),
+        is_causal=s.starts is None,
+        enable_gqa=True,
     )
     y = F.linear(o.transpose(1, 2).flatten(2), w["wo"])
     y.backward(case.dy.to(device, dtype))
@@ -96,16 +128,14 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def run_method(
-    case: Case, method: object, positions: Tensor, dtype: torch.dtype, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Output and gradients of the tokens at ``positions``, one rank's share under a context-parallel method."""
+def run_method(case: Case, method: object, mine: Tensor, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    """Output and gradients of the tokens ``mine``, one rank's share under a context-parallel method."""
     s = case.shape
-    x = _leaf(case.x[:, positions], dtype, device)
+    x = _leaf(case.x[:, mine], dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
-    transform = case.transform(positions.to(device), dtype)
-    y = method(x, AttentionWeights(**w), transform, s.head_dim)  # type: ignore[operator]
-    y.backward(case.dy[:, positions].to(device, dtype))
+    transform = case.transform(s.positions[:, mine].to(device), dtype)
+    y = method(x, AttentionWeights(**w), transform, s.head_dim, s.documents)  # type: ignore[operator]
+    y.backward(case.dy[:, mine].to(device, dtype))
     grads = {name: t.grad for name, t in w.items() if t.grad is not None}
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads}

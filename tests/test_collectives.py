@@ -38,11 +38,11 @@ def exchange_rank(layout: list[list[int]]) -> tuple[int, int]:
 
     # gradients: the loss sum(w * received) with coded w must give w back in the other layout
     pieces = [torch.zeros_like(piece).requires_grad_() for piece in back]
-    (differentiable_to_heads(exchange, pieces) * coded(everything, layout[rank])).sum().backward()
+    (differentiable_to_heads(exchange, pieces, [TOKENS] * size) * coded(everything, layout[rank])).sum().backward()
     for piece, heads in zip(pieces, layout, strict=True):
         torch.testing.assert_close(piece.grad, coded(mine, heads), rtol=0, atol=0)
     heads_shard = torch.zeros_like(received).requires_grad_()
-    out = differentiable_to_sequence(exchange, heads_shard, counts)
+    out = differentiable_to_sequence(exchange, heads_shard, counts, [TOKENS] * size, [TOKENS] * size)
     sum((o * coded(mine, heads)).sum() for o, heads in zip(out, layout, strict=True)).backward()  # type: ignore[union-attr]
     torch.testing.assert_close(heads_shard.grad, coded(everything, layout[rank]), rtol=0, atol=0)
     return exchange.traffic.calls, exchange.traffic.bytes

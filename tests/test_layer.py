@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from tests.reference import Case, Shape, relative_error, run_layer, run_method
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import Traffic
-from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage
+from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage, round_head_chunk
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import shard_positions
@@ -35,16 +35,28 @@ SHAPES = {
     "wide": Shape(8, 4, head_dim=16, dim=96, norm=True, interleaved=False),  # H*d = 128, D = 96: Qwen3-like
     "norm": Shape(12, 4, norm=True, batch=2),
     "ragged": Shape(12, 6),  # ranks of 3 heads cut across KV heads of 2
+    # head counts that the ranks do not divide: teams of ranks share heads
+    "rest": Shape(14, 2),  # as Qwen2.5-7B's 28 and 4, halved
+    "fifteen": Shape(15, 5, batch=2),
+    "few": Shape(3, 1, norm=True),  # fewer heads than ranks
+    "two": Shape(2, 2),
 }
+
+# Documents of many lengths, one token among them; none divides anything. The second sequence is one document.
+PACKED = ((0, 5, 6, 29, 41), (0,))
+
+
+def packed(shape: Shape) -> Shape:
+    return replace(shape, starts=PACKED[: shape.batch])
 
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
-    """Every method, legal head chunk, stash and split of ``degree`` into ulysses x ring."""
+    """Every method, effective head chunk, stash and split of ``degree`` into ulysses x ring (all ring: pure ring)."""
     which: list[Variant] = []
     for ring in [r for r in (1, 2, 4) if degree % r == 0]:
-        ulysses = degree // ring
+        chunks = sorted({round_head_chunk(shape.heads, degree // ring, u) for u in range(1, shape.heads + 1)})
         which.append(("ulysses", 0, "none", ring))
-        which += [("upipe", u, s, ring) for u in range(ulysses, shape.heads + 1, ulysses) for s in ("none", "device")]
+        which += [("upipe", u, s, ring) for u in chunks for s in ("none", "device")]
     return which
 
 
@@ -94,10 +106,11 @@ def gather(ranks: list[dict[str, Tensor]], ring_degree: int = 1) -> dict[str, Te
     }
 
 
+@pytest.mark.parametrize("mask", ["causal", "packed"])
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("name", SHAPES)
-def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int) -> None:
-    shape = SHAPES[name]
+def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mask: str) -> None:
+    shape = SHAPES[name] if mask == "causal" else packed(SHAPES[name])
     truth = run_layer(Case(shape).rounded(torch.float32), torch.float64)
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
@@ -108,10 +121,12 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int) -> 
         assert max(errors.values()) < 1e-5, (variant, errors)
 
 
+@pytest.mark.parametrize("mask", ["causal", "packed"])
 @pytest.mark.parametrize("degree", [1, 2, 4])
-@pytest.mark.parametrize("name", ["gqa", "kv2", "wide"])
-def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int) -> None:
+@pytest.mark.parametrize("name", ["gqa", "kv2", "wide", "rest", "few"])
+def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int, mask: str) -> None:
     shape = replace(SHAPES[name], dim=128, head_dim=32, length=128)
+    shape = shape if mask == "causal" else packed(shape)
     case = Case(shape).rounded(torch.bfloat16)
     truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
     which = variants(shape, degree)
@@ -154,18 +169,19 @@ def perturbed_rank(shape: Shape, variant: Variant, token: int) -> tuple[Tensor, 
     return mine[(before != after).any(dim=-1).any(dim=0)], mine
 
 
+PROBES: dict[str, Variant] = {
+    "ulysses": ("ulysses", 0, "none", 1),
+    "upipe": ("upipe", 4, "device", 1),
+    "upipe-teams": ("upipe", 1, "device", 1),
+    "ring": ("ring", 0, "none", 4),
+    "hybrid-ulysses": ("ulysses", 0, "none", 2),
+    "hybrid-upipe": ("upipe", 4, "device", 2),
+    "hybrid-upipe-teams": ("upipe", 1, "device", 2),
+}
+
+
 @pytest.mark.parametrize("token", [0, 21, 63])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ("ulysses", 0, "none", 1),
-        ("upipe", 4, "device", 1),
-        ("ring", 0, "none", 4),
-        ("ulysses", 0, "none", 2),
-        ("upipe", 4, "device", 2),
-    ],
-    ids=["ulysses", "upipe", "ring", "hybrid-ulysses", "hybrid-upipe"],
-)
+@pytest.mark.parametrize("variant", PROBES.values(), ids=PROBES)
 def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: int) -> None:
     """To the bit: every output before the changed token stays, every one from it on moves."""
     shape = SHAPES["kv2"]
@@ -173,6 +189,16 @@ def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: in
     changed = sorted(torch.cat([moved for moved, _ in ranks]).tolist())
     assert sorted(torch.cat([mine for _, mine in ranks]).tolist()) == list(range(shape.length))
     assert changed == list(range(token, shape.length))
+
+
+@pytest.mark.parametrize("token", [0, 5, 21, 63])
+@pytest.mark.parametrize("variant", PROBES.values(), ids=PROBES)
+def test_a_token_changes_only_its_own_document(variant: Variant, token: int) -> None:
+    shape = packed(replace(SHAPES["kv2"], batch=1))
+    ranks = run_ranks(perturbed_rank, 4, shape, variant, token)
+    changed = sorted(torch.cat([moved for moved, _ in ranks]).tolist())
+    end = min([start for start in PACKED[0] if start > token], default=shape.length)
+    assert changed == list(range(token, end))
 
 
 def test_errors_do_not_grow_with_the_ring() -> None:
@@ -248,12 +274,12 @@ def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str
     """``{"forward" | "backward": (all-to-alls, bytes, attention forwards, attention backwards)}`` of one layer."""
     case, rank, degree = Case(shape), dist.get_rank(), dist.get_world_size()
     method = build(shape, variant)
-    method.kernel = kernel = CountingKernel()
+    method.attention.kernel = kernel = CountingKernel()
     tokens = shape.length // degree
     mine = slice(rank * tokens, (rank + 1) * tokens)
     x = case.x[:, mine].float().requires_grad_()
     weights = AttentionWeights(**{k: w.float().requires_grad_() for k, w in case.weights.items()})
-    transform = case.transform(torch.arange(shape.length)[mine], torch.float32)
+    transform = case.transform(shape.positions[:, mine], torch.float32)
 
     def both_runs() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         stash = Stash()

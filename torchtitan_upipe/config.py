@@ -23,7 +23,6 @@ NOT_YET = {
     "context_parallel.query_tiles": "query tiles are not available yet; remove the field",
     "context_parallel.stash_budget_gib": "the host stash is not available yet; remove the field",
     "activation_checkpoint.offload": "offloading of block inputs is not available yet; remove the field",
-    "training.document_mask": "document masks are not available yet; remove the field",
 }
 
 

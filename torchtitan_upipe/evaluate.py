@@ -16,7 +16,7 @@ from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
-from torchtitan_upipe.data.sharding import shard_batch
+from torchtitan_upipe.data.batch import shard_batch
 
 
 class ContextParallelValidator(Validator):
@@ -48,7 +48,8 @@ class ContextParallelValidator(Validator):
         if self.parallel_dims.dp_enabled:
             tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
         inputs = input_dict["input"].to(device_type)
-        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config)
+        eos_id = getattr(self.tokenizer, "eos_id", None)
+        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config, eos_id)
         with self.validation_context(), self.maybe_enable_amp:
             return self.loss_fn(model(local, **kwargs), local_labels) / tokens
 

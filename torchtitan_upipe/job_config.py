@@ -13,14 +13,18 @@ import torchtitan.config.job_config as titan
 class ContextParallel:
     """Section ``[context_parallel]``: how attention is spread over ``[parallelism] context_parallel_degree`` ranks."""
 
-    method: Literal["upipe", "ulysses", "ring"] = "upipe"
+    method: Literal["upipe", "ulysses", "ring", "torchtitan"] = "upipe"
     """
     "upipe" walks through the heads in chunks, "ulysses" handles all heads at once; both exchange sequence shards for
-    head shards. "ring" keeps the shards and passes keys and values around.
+    head shards. "ring" keeps the shards and passes keys and values around. "torchtitan" is TorchTitan's own context
+    parallelism, for comparison; CUDA only.
     """
 
     head_chunk: int = 0
-    """UPipe: query heads of the whole group per stage (U), a multiple of the degree. 0 = all heads in one stage."""
+    """
+    UPipe: query heads of the whole group per stage (U), any number up to the model's heads; rounded down to what keeps
+    all ranks equally busy, a multiple or a divisor of the ulysses degree. 0 = all heads in one stage.
+    """
 
     ring_degree: int = 1
     """
@@ -53,8 +57,20 @@ class Parallelism(titan.Parallelism):
 
 
 @dataclass
+class Training(titan.Training):
+    """TorchTitan's section with one more field."""
+
+    document_mask: bool = False
+    """
+    Packed documents: tokens attend within their own document only (block-causal), and positions start anew in each.
+    Documents end with the tokenizer's end-of-sequence token.
+    """
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
+    training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)

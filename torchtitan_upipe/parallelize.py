@@ -40,7 +40,7 @@ class AttachedDims:
 
     def __init__(self, dims: ParallelDims) -> None:
         self._dims = dims
-        self.seq_len_divisor = dims.cp
+        self.seq_len_divisor = 1  # the plugin's trainer pads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dims, name)
@@ -69,11 +69,14 @@ class Parallelize:
         validate_job(job_config, model_args, parallel_dims.world_size, device_type)
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
-        self._attach(model, parallel_dims, job_config)
-        if job_config.activation_checkpoint.mode == "full":
-            job_config = _checkpoint_blocks(model, job_config)
+        dims: Any = parallel_dims
+        if cp.method != "torchtitan":
+            dims = AttachedDims(parallel_dims)
+            self._attach(model, parallel_dims, job_config)
+            if job_config.activation_checkpoint.mode == "full":
+                job_config = _checkpoint_blocks(model, job_config)
         with _tied_weights_sharded(model, parallel_dims, job_config):
-            model = self.titan_parallelize(model, AttachedDims(parallel_dims), job_config)
+            model = self.titan_parallelize(model, dims, job_config)
         _sum_replicated_gradients(model)
         prepare_for_gloo(model)
         return model
@@ -94,11 +97,18 @@ class Parallelize:
                 ring_group=ring_group,
                 kernel=kernel,
             )
-            block.attention = ContextParallelAttention(block.attention, method, self.rope_from_table)
+            block.attention = ContextParallelAttention(
+                block.attention, method, self.rope_from_table, job_config.training.document_mask
+            )
         logger.info(
             f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "
-            f"attention kernel {method.kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
+            f"attention kernel {kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
         )
+        if isinstance(method, UPipe) and cp.head_chunk not in (0, method.schedule.head_chunk):
+            logger.warning(
+                f"head_chunk = {cp.head_chunk} is rounded to {method.schedule.head_chunk}, which keeps the "
+                f"{method.exchange.size} ranks of the all-to-all equally busy"
+            )
 
 
 def _groups(

@@ -27,7 +27,7 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import device_type  # noqa: E402
 
 from torchtitan_upipe.config import load_config  # noqa: E402
-from torchtitan_upipe.data.sharding import shard_batch  # noqa: E402
+from torchtitan_upipe.data.batch import shard_batch  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
 
@@ -39,7 +39,8 @@ class Trainer(torchtitan.train.Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
         """``input_dict["input"]`` and ``labels``, both ``[B, S]``, to this rank's ``[B, N]``."""
-        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config)
+        eos_id = getattr(self.tokenizer, "eos_id", None)
+        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config, eos_id)
         return inputs, labels, {}, kwargs
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols import BaseModelArgs
 
-from torchtitan_upipe.cp.head_schedule import check_head_chunk
-from torchtitan_upipe.data.sharding import degrees, load_balancer
+from torchtitan_upipe.cp.head_schedule import check_heads
+from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.data.text import check_dataset
 from torchtitan_upipe.kernels.select import check_kernel
 
@@ -96,23 +95,30 @@ def _check_sequence(config: JobConfig) -> None:
             f"ring_degree = {cp.ring_degree} must divide context_parallel_degree = {degree}; "
             'with method = "ring" leave it out, since all ranks are in the ring.'
         )
-    _, ring_degree = degrees(cp.method, degree, cp.ring_degree)
-    divisor, what = degree, f"context_parallel_degree = {degree}"
-    if ring_degree > 1:  # zigzag: two chunks for each rank of the ring
-        divisor = math.lcm(degree, 2 * ring_degree)
-        what = f"{divisor}, which context_parallel_degree = {degree} and 2 x ring_degree = {2 * ring_degree} divide"
+    if cp.method == "torchtitan" and cp.ring_degree != 1:
+        raise ValueError(
+            f'ring_degree = {cp.ring_degree} has no meaning for method = "torchtitan"; remove it, or use "ulysses".'
+        )
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable:
         lengths["validation.seq_len"] = config.validation.seq_len
     for name, length in lengths.items():
-        if length < divisor or length % divisor:
-            near = max(length // divisor, 1) * divisor
-            raise ValueError(f"{name} = {length} must be a multiple of {what}; nearest: {near} or {near + divisor}.")
+        if length < degree:
+            raise ValueError(
+                f"{name} = {length} leaves some of the {degree} context-parallel ranks without a token; "
+                f"set it to {degree} or more."
+            )
+        if cp.method == "torchtitan" and length % (2 * degree):
+            near = max(length // (2 * degree), 1) * 2 * degree
+            raise ValueError(
+                f"{name} = {length} must be a multiple of {2 * degree} (twice context_parallel_degree) for method = "
+                f'"torchtitan", which does not pad; nearest: {near} or {near + 2 * degree}.'
+            )
     balancer = config.parallelism.context_parallel_load_balancer
     if degree > 1 and balancer not in (None, load_balancer(cp.method, cp.ring_degree)):
         raise ValueError(
             f"context_parallel_load_balancer = {balancer!r} permutes the sequence, but method = {cp.method!r} with "
-            f"ring_degree = {ring_degree} shards it in its own way; remove the field."
+            f"ring_degree = {cp.ring_degree} shards it in its own way; remove the field."
         )
 
 
@@ -120,14 +126,12 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
     args: Any = model_args
     cp = config.context_parallel
     num_heads, num_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-    degree = config.parallelism.context_parallel_degree
     if cp.method != "upipe" and cp.head_chunk not in (0, num_heads):
         raise ValueError(
             f'head_chunk = {cp.head_chunk} has no meaning for method = "{cp.method}", which handles all {num_heads} '
             'heads at once; remove it or set method = "upipe".'
         )
-    ulysses_degree, _ = degrees(cp.method, degree, cp.ring_degree)
-    check_head_chunk(num_heads, num_kv_heads, ulysses_degree, cp.head_chunk or num_heads)
+    check_heads(num_heads, num_kv_heads, cp.head_chunk or num_heads)
 
 
 def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
@@ -144,6 +148,10 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         ),
         "model converters": (bool(config.model.converters), "remove model.converters"),
         "fault tolerance": (config.fault_tolerance.enable, "set fault_tolerance.enable = false"),
+        "training.document_mask with TorchTitan's own context parallelism": (
+            config.training.document_mask and config.context_parallel.method == "torchtitan",
+            'set context_parallel.method = "upipe", "ulysses" or "ring"',
+        ),
     }
     for feature, (asked, remedy) in refusals.items():
         if asked:
@@ -160,6 +168,7 @@ def _check_device(config: JobConfig, device_type: str) -> None:
     if device_type != "cpu":
         return
     cuda_only = {
+        'context_parallel.method = "torchtitan"': config.context_parallel.method == "torchtitan",
         "training.enable_cpu_offload = true": config.training.enable_cpu_offload,
         "training.dataloader.pin_memory = true": config.training.dataloader.pin_memory,
         'checkpoint.async_mode = "async_with_pinned_mem"': config.checkpoint.async_mode == "async_with_pinned_mem",

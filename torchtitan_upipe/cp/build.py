@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from torchtitan_upipe.cp.attention import LocalAttention, SequenceAttention
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
-from torchtitan_upipe.cp.ring import RingKernel
+from torchtitan_upipe.cp.ring import RingAttention
 from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
@@ -26,12 +27,12 @@ def build_method(
 ) -> ContextParallelMethod:
     """Build the method of one layer with ``num_heads`` query and ``num_kv_heads`` KV heads.
 
-    Pure ring is the layer with all heads at once whose all-to-all has one rank and whose kernel is a ring; a hybrid has
-    both.
+    Pure ring is the layer with all heads at once whose all-to-all has one rank and whose attention is a ring; a hybrid
+    has both.
 
     Args:
         method: ``"ulysses"`` or ``"ring"`` (all heads at once), or ``"upipe"``.
-        head_chunk: ``U``; 0 is the largest legal chunk, ``U = H``. UPipe only.
+        head_chunk: ``U``; 0 is all heads. UPipe only.
         stash: ``"none"`` or ``"device"``. UPipe only.
         ulysses_group: the group of the all-to-alls, or None for one rank.
         ring_group: the group of the ring, or None for one rank.
@@ -40,13 +41,14 @@ def build_method(
         ValueError: no such method, or no schedule for these numbers.
     """
     exchange = HeadExchange(ulysses_group)
+    attention: SequenceAttention = LocalAttention(kernel)
     if ring_group is not None:
-        kernel = RingKernel(RingExchange(ring_group), kernel)
+        attention = RingAttention(RingExchange(ring_group), kernel)
     match method:
         case "ulysses" | "ring":
-            return Ulysses(num_heads, num_kv_heads, exchange, kernel)
+            return Ulysses(num_heads, num_kv_heads, exchange, attention)
         case "upipe":
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
-            return UPipe(schedule, exchange, kernel, keep_stash=stash == "device")
+            return UPipe(schedule, exchange, attention, keep_stash=stash == "device")
         case _:
             raise ValueError(f'method = {method!r} is unknown; choose "upipe", "ulysses" or "ring".')

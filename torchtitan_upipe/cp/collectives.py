@@ -39,48 +39,66 @@ class HeadExchange:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.traffic = Traffic()
 
-    def to_heads(self, pieces: Sequence[Tensor]) -> Tensor:
+    def to_heads(self, pieces: Sequence[Tensor], rows: Sequence[int] | None = None) -> Tensor:
         """Sequence shard to head shard.
 
         Args:
-            pieces: ``pieces[r] [B, N, h_r, d]``, the heads that rank ``r`` shall hold. Views are welcome, and one head
-                may stand in several pieces: each piece is copied once, into the send buffer.
+            pieces: ``pieces[r] [B, n_r, h_r, d]``, the heads and rows that rank ``r`` shall hold. Views are welcome,
+                and one head may stand in several pieces: each piece is copied once, into the send buffer.
+            rows: number of rows that each rank sends here; by default everyone's ``N``.
 
         Returns:
-            ``[B, S, h, d]`` with ``h = h_rank``, the heads of this rank over the whole sequence.
+            ``[B, S, h, d]`` with ``h = h_rank``: the heads of this rank, the rows of all ranks one after another.
         """
         mine = pieces[self.rank]
         if self.size == 1:
             return mine
         batch, tokens, heads, width = mine.shape
+        rows = [tokens] * self.size if rows is None else rows
         send_sizes = [piece.numel() for piece in pieces]
         send = mine.new_empty(sum(send_sizes))
         for buffer, piece in zip(send.split(send_sizes), pieces, strict=True):
             buffer.view(piece.shape).copy_(piece)
-        received = self._all_to_all(send, send_sizes, [mine.numel()] * self.size)
-        blocks = received.view(self.size, batch, tokens, heads, width)  # [C, B, N, h, d]
-        return blocks.transpose(0, 1).reshape(batch, self.size * tokens, heads, width)  # a view if B = 1
+        sizes = [batch * count * heads * width for count in rows]
+        received = self._all_to_all(send, send_sizes, sizes)
+        if batch == 1:
+            return received.view(1, sum(rows), heads, width)
+        parts = zip(received.split(sizes), rows, strict=True)
+        return torch.cat([part.view(batch, count, heads, width) for part, count in parts], dim=1)
 
-    def to_sequence(self, heads: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    def to_sequence(
+        self,
+        heads: Tensor,
+        counts: Sequence[int],
+        rows: Sequence[int] | None = None,
+        received_rows: Sequence[int] | None = None,
+    ) -> list[Tensor]:
         """Head shard to sequence shard, the inverse of :meth:`to_heads`.
 
         Args:
-            heads: ``[B, S, h, d]``, this rank's heads over the whole sequence.
+            heads: ``[B, S, h, d]``, this rank's heads, the rows of all ranks one after another.
             counts: number of heads on each rank, ``counts[rank] == h``.
+            rows: number of rows in ``heads`` that belong to each rank; by default equally many.
+            received_rows: number of this rank's rows that each rank holds; by default all ``N``.
 
         Returns:
-            ``pieces[r] [B, N, counts[r], d]``, the heads of rank ``r`` for this rank's tokens (views of one buffer).
+            ``pieces[r] [B, received_rows[r], counts[r], d]``, what rank ``r`` held of this rank's tokens (views of one
+            buffer).
         """
         if self.size == 1:
             return [heads]
         batch, length, _, width = heads.shape
-        tokens = length // self.size
-        send = heads.reshape(batch, self.size, tokens, -1).transpose(0, 1).contiguous()  # [C, B, N, h*d]
-        sizes = [batch * tokens * count * width for count in counts]
-        received = self._all_to_all(send.view(-1), [send[0].numel()] * self.size, sizes)
-        return [
-            piece.view(batch, tokens, count, width) for piece, count in zip(received.split(sizes), counts, strict=True)
-        ]
+        rows = [length // self.size] * self.size if rows is None else rows
+        received_rows = rows if received_rows is None else received_rows
+        send_sizes = [batch * count * heads.shape[2] * width for count in rows]
+        if batch == 1:
+            send = heads.reshape(-1)
+        else:
+            send = torch.cat([part.flatten() for part in heads.split(list(rows), dim=1)])
+        sizes = [batch * tokens * count * width for tokens, count in zip(received_rows, counts, strict=True)]
+        received = self._all_to_all(send, send_sizes, sizes)
+        shapes = zip(received.split(sizes), received_rows, counts, strict=True)
+        return [piece.view(batch, tokens, count, width) for piece, tokens, count in shapes]
 
     def _all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         received = send.new_empty(sum(receive_sizes))
@@ -148,31 +166,41 @@ class RingExchange:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, *pieces: Tensor) -> Tensor:
-        ctx.exchange, ctx.counts = exchange, [piece.shape[2] for piece in pieces]
-        return exchange.to_heads(pieces)
+    def forward(ctx: Any, exchange: HeadExchange, rows: Sequence[int], *pieces: Tensor) -> Tensor:
+        ctx.exchange, ctx.rows = exchange, rows
+        ctx.counts, ctx.sent_rows = [piece.shape[2] for piece in pieces], [piece.shape[1] for piece in pieces]
+        return exchange.to_heads(pieces, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.exchange.to_sequence(grads[0], ctx.counts)
+        return None, None, *ctx.exchange.to_sequence(grads[0], ctx.counts, ctx.rows, ctx.sent_rows)
 
 
 class _ToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, counts: Sequence[int], heads: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return tuple(exchange.to_sequence(heads, counts))
+    def forward(
+        ctx: Any,
+        exchange: HeadExchange,
+        counts: Sequence[int],
+        rows: Sequence[int],
+        received_rows: Sequence[int],
+        heads: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.rows = exchange, rows
+        return tuple(exchange.to_sequence(heads, counts, rows, received_rows))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, ctx.exchange.to_heads(grads)
+        return None, None, None, None, ctx.exchange.to_heads(grads, ctx.rows)
 
 
-def differentiable_to_heads(exchange: HeadExchange, pieces: Sequence[Tensor]) -> Tensor:
+def differentiable_to_heads(exchange: HeadExchange, pieces: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """:meth:`HeadExchange.to_heads` as an autograd operation; its gradient is the inverse exchange."""
-    return _ToHeads.apply(exchange, *pieces)
+    return _ToHeads.apply(exchange, rows, *pieces)
 
 
-def differentiable_to_sequence(exchange: HeadExchange, heads: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+def differentiable_to_sequence(
+    exchange: HeadExchange, heads: Tensor, counts: Sequence[int], rows: Sequence[int], received_rows: Sequence[int]
+) -> tuple[Tensor, ...]:
     """:meth:`HeadExchange.to_sequence` as an autograd operation; its gradient is the inverse exchange."""
-    return _ToSequence.apply(exchange, counts, heads)
+    return _ToSequence.apply(exchange, counts, rows, received_rows, heads)

@@ -4,17 +4,23 @@ The base plan is Ulysses' own layout sliced in time: rank ``r`` owns query heads
 takes the ``s``-th ``U/C`` of each rank's heads. Query head ``h`` always meets KV head ``h // (H/G)``, so no weight is
 ever permuted. A rank's query heads come in rising order, hence each KV head is needed during one run of consecutive
 stages: it arrives at the first and leaves, with its gradient, after the last (the GQA schedule of arXiv 2602.21196).
+
+Where a stage has fewer heads than ranks (``U < C``, ``H < C``, or the heads left over where ``C`` does not divide
+``H``), ranks form teams: a team computes one head, each member a segment of its queries (``segments.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+
+from torchtitan_upipe.cp.segments import QueryRows
 
 
 @dataclass(frozen=True)
 class HeadPlacement:
-    """Heads laid out by rank: ``heads[r]`` are the head indices that rank ``r`` holds, in order."""
+    """Heads laid out by rank: ``heads[r]`` are the head indices that rank ``r`` holds: consecutive, rising."""
 
     heads: tuple[tuple[int, ...], ...]
 
@@ -47,6 +53,7 @@ class Stage:
     """One stage of the attention layer, for all ranks.
 
     Attributes:
+        team: ranks that share each query head; rank ``r`` computes segment ``r % team`` of its head's queries.
         queries: the query heads computed now.
         fetch: the KV heads that arrive now; on each rank they form the block named by this stage's index.
         calls: the attention calls of each rank.
@@ -54,16 +61,21 @@ class Stage:
         release: the KV heads of those blocks, whose gradients travel back now.
     """
 
+    team: int
     queries: HeadPlacement
     fetch: HeadPlacement
     calls: tuple[tuple[KernelCall, ...], ...]
     leave: tuple[tuple[int, ...], ...]
     release: HeadPlacement
 
+    def rows(self, tokens: int) -> QueryRows:
+        """Which query rows each rank computes, for shards of ``tokens`` tokens."""
+        return QueryRows(self.team, len(self.queries.heads), tokens)
+
 
 @dataclass(frozen=True)
 class HeadSchedule:
-    """The stages of one attention layer over ``degree`` ranks."""
+    """The stages of one attention layer over ``degree`` ranks; ``head_chunk`` is the one in effect, rounded."""
 
     num_heads: int
     num_kv_heads: int
@@ -72,30 +84,29 @@ class HeadSchedule:
     stages: tuple[Stage, ...]
 
 
-def check_head_chunk(num_heads: int, num_kv_heads: int, degree: int, head_chunk: int) -> None:
-    """Refuse head counts that have no schedule.
+def round_head_chunk(num_heads: int, degree: int, head_chunk: int) -> int:
+    """The largest chunk, not above ``head_chunk``, that keeps all ranks equally busy.
+
+    A multiple of ``degree``, or a divisor of it where there are fewer heads than ranks in a stage.
+    """
+    most = min(head_chunk, num_heads)
+    return most - most % degree if most >= degree else _largest_divisor(degree, most)
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_chunk: int) -> None:
+    """Refuse head counts that no model has.
 
     Raises:
-        ValueError: ``H % G != 0``, ``H % C != 0``, or ``U`` is not a multiple of ``C`` within ``[C, H]``.
+        ValueError: ``H % G != 0``, or ``U`` is not in ``[1, H]``.
     """
     if num_heads % num_kv_heads:
         raise ValueError(
             f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly; check the model flavor."
         )
-    if num_heads % degree:
-        divisors = [c for c in range(1, num_heads + 1) if num_heads % c == 0]
-        near = sorted(sorted(divisors, key=lambda c: abs(c - degree))[:2])
+    if not 1 <= head_chunk <= num_heads:
         raise ValueError(
-            f"{num_heads} query heads cannot be split over {degree} context-parallel ranks; "
-            f"set context_parallel_degree to a divisor, e.g. {' or '.join(map(str, near))}."
-        )
-    if head_chunk % degree or not degree <= head_chunk <= num_heads:
-        below = min(max(head_chunk // degree * degree, degree), num_heads)
-        above = min(below + degree, num_heads)
-        nearest = f"{below} or {above}" if below != above else f"{below}"
-        raise ValueError(
-            f"head_chunk = {head_chunk} must be a multiple of ulysses_degree = {degree} "
-            f"and at most {num_heads}, the model's query heads; nearest: {nearest}."
+            f"head_chunk = {head_chunk} must be between 1 and {num_heads}, the model's query heads; "
+            f"nearest: {min(max(head_chunk, 1), num_heads)}."
         )
 
 
@@ -105,17 +116,57 @@ def build_head_schedule(num_heads: int, num_kv_heads: int, degree: int, head_chu
     Args:
         num_heads: query heads ``H``.
         num_kv_heads: KV heads ``G``; ``H % G == 0``.
-        degree: ranks ``C`` of the all-to-all; ``H % C == 0``.
-        head_chunk: query heads ``U`` of the whole group per stage, a multiple of ``C``; the last stage of
-            ``P = ceil(H/U)`` may be smaller. ``U = H`` is Ulysses.
+        degree: ranks ``C`` of the all-to-all, any number.
+        head_chunk: query heads ``U`` of the whole group per stage, rounded by :func:`round_head_chunk`. ``U = H`` is
+            Ulysses where ``C`` divides ``H``.
 
     Raises:
-        ValueError: see :func:`check_head_chunk`.
+        ValueError: see :func:`check_heads`.
     """
-    check_head_chunk(num_heads, num_kv_heads, degree, head_chunk)
-    ranks = [_rank_plan(rank, num_heads, num_kv_heads, degree, head_chunk) for rank in range(degree)]
-    stages = tuple(_join_ranks(stage_of_ranks) for stage_of_ranks in zip(*ranks, strict=True))
-    return HeadSchedule(num_heads, num_kv_heads, degree, head_chunk, stages)
+    check_heads(num_heads, num_kv_heads, head_chunk)
+    chunk = round_head_chunk(num_heads, degree, head_chunk)
+    bands = list(_bands(num_heads, degree, chunk))
+    teams = [band.team for band in bands for _ in range(band.stages)]
+    ranks = [
+        _rank_plan([heads for band in bands for heads in band.of_rank(rank)], num_heads // num_kv_heads)
+        for rank in range(degree)
+    ]
+    stages = tuple(_join_ranks(team, plans) for team, *plans in zip(teams, *ranks, strict=True))
+    return HeadSchedule(num_heads, num_kv_heads, degree, chunk, stages)
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Query heads ``[first, first + per_team * degree / team)``, shared out to teams and walked through in time."""
+
+    first: int
+    per_team: int
+    team: int
+    per_stage: int
+
+    @property
+    def stages(self) -> int:
+        return -(-self.per_team // self.per_stage)
+
+    def of_rank(self, rank: int) -> list[tuple[int, ...]]:
+        """The query heads of ``rank`` in each stage."""
+        start = self.first + rank // self.team * self.per_team
+        owned = range(start, start + self.per_team)
+        return [tuple(owned[s : s + self.per_stage]) for s in range(0, self.per_team, self.per_stage)]
+
+
+def _bands(num_heads: int, degree: int, chunk: int) -> Iterator[_Band]:
+    first = 0
+    while first < num_heads:
+        left = num_heads - first
+        teams = degree if min(left, chunk) >= degree else _largest_divisor(degree, min(left, chunk))
+        band = _Band(first, left // teams, degree // teams, max(chunk // degree, 1) if teams == degree else 1)
+        yield band
+        first += band.per_team * teams
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if number % d == 0)
 
 
 @dataclass(frozen=True)
@@ -127,11 +178,8 @@ class _RankStage:
     release: tuple[int, ...]
 
 
-def _rank_plan(rank: int, num_heads: int, num_kv_heads: int, degree: int, head_chunk: int) -> list[_RankStage]:
-    heads_per_kv = num_heads // num_kv_heads
-    per_rank, per_stage = num_heads // degree, head_chunk // degree
-    owned = range(rank * per_rank, (rank + 1) * per_rank)
-    queries = [tuple(owned[start : start + per_stage]) for start in range(0, per_rank, per_stage)]
+def _rank_plan(queries: list[tuple[int, ...]], heads_per_kv: int) -> list[_RankStage]:
+    """The plan of a rank that computes the query heads ``queries[s]`` in stage ``s``, rising over the stages."""
     needed = [tuple(dict.fromkeys(h // heads_per_kv for h in stage)) for stage in queries]
 
     block_of: dict[int, tuple[int, int]] = {}  # KV head -> (block, position in the block)
@@ -167,8 +215,9 @@ def _kernel_calls(places: list[tuple[int, int]]) -> tuple[KernelCall, ...]:
     return tuple(calls)
 
 
-def _join_ranks(ranks: tuple[_RankStage, ...]) -> Stage:
+def _join_ranks(team: int, ranks: list[_RankStage]) -> Stage:
     return Stage(
+        team=team,
         queries=HeadPlacement(tuple(r.queries for r in ranks)),
         fetch=HeadPlacement(tuple(r.fetch for r in ranks)),
         calls=tuple(r.calls for r in ranks),

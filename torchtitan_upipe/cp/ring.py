@@ -6,20 +6,38 @@ Tokens are sharded zigzag: of ``2*R`` chunks of the sequence, rank ``r`` of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from torchtitan_upipe.cp.attention import by_sequence
 from torchtitan_upipe.cp.collectives import RingExchange
-from torchtitan_upipe.cp.strategy import accumulate_dtype
-from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.contract import AttentionKernel, accumulate_dtype
 from torchtitan_upipe.kernels.merge import merge_partial
+from torchtitan_upipe.kernels.pieces import attend_backward, partial_attention
+from torchtitan_upipe.kernels.visibility import Documents, Interval, Tokens
 
 
-class RingKernel:
-    """Attention over the tokens of a whole ring, behind the contract of a kernel on one rank's tokens.
+def zigzag_tokens(length: int, rank: int, ring_degree: int) -> Tokens:
+    """The tokens of ring rank ``rank``: chunks ``rank`` and ``2R - 1 - rank`` of ``2R``; all tokens without a ring.
 
-    A method given this kernel is a hybrid (USP, arXiv 2405.07719): its all-to-alls gather the tokens of one ring rank,
-    this kernel lets them attend to those of all. KV heads travel unrepeated.
+    Args:
+        length: ``S``, with a ring a multiple of ``2 * ring_degree``.
+        rank: rank within the ring.
+        ring_degree: ``R``.
+    """
+    if ring_degree == 1:
+        return Tokens(((0, length),))
+    chunk, mirrored = length // (2 * ring_degree), 2 * ring_degree - 1 - rank
+    return Tokens(((rank * chunk, (rank + 1) * chunk), (mirrored * chunk, (mirrored + 1) * chunk)))
+
+
+class RingAttention:
+    """Attention over the tokens of a whole ring (see :class:`~torchtitan_upipe.cp.attention.SequenceAttention`).
+
+    A method given this is a hybrid (USP, arXiv 2405.07719): its all-to-alls gather the tokens of one ring rank, here
+    they attend to those of all. KV heads travel unrepeated.
 
     Args:
         exchange: the ring.
@@ -29,24 +47,23 @@ class RingKernel:
     def __init__(self, exchange: RingExchange, kernel: AttentionKernel) -> None:
         self.exchange = exchange
         self.kernel = kernel
-        self.name = f"{kernel.name} in a ring of {exchange.size}"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        """See :class:`~torchtitan_upipe.kernels.contract.AttentionKernel`; an even number of tokens, causal only."""
-        _check(q, causal)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rows: Sequence[Interval], documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~torchtitan_upipe.cp.attention.SequenceAttention`."""
         kv: tuple[Tensor, ...] = (k, v)
+        wide = accumulate_dtype(q.dtype)
+        out = torch.zeros_like(q, dtype=wide)
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide)
         for step in range(self.exchange.size):
             last = step + 1 == self.exchange.size
             if not last:
                 self.exchange.start(kv)  # travels while this step computes
-            rows, keys, diagonal = self.visible(step, q.shape[1])
-            part, part_lse = self.kernel.forward(
-                q[:, rows], kv[0][:, keys], kv[1][:, keys], scale=scale, causal=diagonal
-            )
-            if step == 0:  # this rank's own keys: every query sees at least itself
-                out, lse = part.to(accumulate_dtype(part.dtype), copy=True), part_lse.clone()
-            else:
-                merge_partial(out[:, rows], lse[:, :, rows], part, part_lse)
+            queries, keys = self._tokens(step, rows, k.shape[1])
+            for b, pieces in by_sequence(queries, keys, documents):
+                for at, *part in partial_attention(self.kernel, q[b], kv[0][b], kv[1][b], pieces, scale=scale):
+                    merge_partial(out[b, at], lse[b, :, at], *part)
             if not last:
                 kv = self.exchange.finish()
         return out.to(q.dtype), lse
@@ -61,10 +78,10 @@ class RingKernel:
         lse: Tensor,
         *,
         scale: float,
-        causal: bool,
+        rows: Sequence[Interval],
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`~torchtitan_upipe.kernels.contract.AttentionKernel`; sums travel with their keys, in float32."""
-        _check(q, causal)
+        """See :class:`~torchtitan_upipe.cp.attention.SequenceAttention`; sums travel with their keys, in float32."""
         ring, wide = self.exchange, accumulate_dtype(q.dtype)
         returning = RingExchange(ring.group, ring.traffic)
         dq = torch.zeros_like(q, dtype=wide)
@@ -75,45 +92,33 @@ class RingKernel:
             last = step + 1 == ring.size
             if not last:
                 ring.start(kv)
-            rows, keys, diagonal = self.visible(step, q.shape[1])
-            part_dq, part_dk, part_dv = self.kernel.backward(
-                dout[:, rows],
-                q[:, rows],
-                kv[0][:, keys],
-                kv[1][:, keys],
-                out[:, rows],
-                lse[:, :, rows],
-                scale=scale,
-                causal=diagonal,
-            )
-            dq[:, rows] += part_dq
+            queries, keys = self._tokens(step, rows, k.shape[1])
+            parts = [
+                (
+                    b,
+                    attend_backward(
+                        self.kernel, dout[b], q[b], kv[0][b], kv[1][b], out[b], lse[b], pieces, scale=scale
+                    ),
+                )
+                for b, pieces in by_sequence(queries, keys, documents)
+                if pieces
+            ]
             if step > 0:  # what the ranks before have summed for these keys
                 d_kv = returning.finish()
-            d_kv[0][:, keys] += part_dk
-            d_kv[1][:, keys] += part_dv
+            for b, (part_dq, part_dk, part_dv) in parts:
+                dq[b] += part_dq
+                d_kv[0][b] += part_dk
+                d_kv[1][b] += part_dv
             if ring.size > 1:
                 returning.start(d_kv)  # the last hop brings the sums home
             if not last:
                 kv = ring.finish()
         if ring.size > 1:
             d_kv = returning.finish()
-        return dq.to(q.dtype), d_kv[0].to(k.dtype), d_kv[1].to(v.dtype)
+        return dq, *d_kv  # type: ignore[return-value]
 
-    def visible(self, step: int, tokens: int) -> tuple[slice, slice, bool]:
-        """What this rank's queries see of the keys that arrive at ``step``: (query rows, key rows, causal).
-
-        The keys come from rank ``s = (rank - step) mod R``. From a lower rank its first chunk lies before all queries
-        and its second behind them; from a higher rank both chunks lie between this rank's two.
-        """
-        everything, half = slice(None), tokens // 2
-        source = (self.exchange.rank - step) % self.exchange.size
-        if source == self.exchange.rank:
-            return everything, everything, True
-        if source < self.exchange.rank:
-            return everything, slice(0, half), False
-        return slice(half, None), everything, False
-
-
-def _check(q: Tensor, causal: bool) -> None:
-    if not causal or q.shape[1] % 2:
-        raise ValueError(f"a ring does causal attention on an even number of tokens a rank, not on {q.shape[1]}.")
+    def _tokens(self, step: int, rows: Sequence[Interval], tokens: int) -> tuple[Tokens, Tokens]:
+        """Positions of this rank's query rows, and of the keys that arrive at ``step`` from rank ``rank - step``."""
+        rank, size = self.exchange.rank, self.exchange.size
+        length = tokens * size
+        return zigzag_tokens(length, rank, size).rows(rows), zigzag_tokens(length, (rank - step) % size, size)

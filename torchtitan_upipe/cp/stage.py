@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtitan_upipe.cp.attention import SequenceAttention
 from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, KernelCall, Stage
-from torchtitan_upipe.cp.strategy import (
-    AttentionWeights,
-    HeadTransform,
-    accumulate_dtype,
-    split_by_rank,
-    sum_copies,
-)
-from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.cp.shards import join_queries, runs, split_keys, split_queries, sum_copies
+from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+from torchtitan_upipe.kernels.visibility import Documents
 
 
 @dataclass
@@ -48,15 +46,17 @@ class KVBlock:
 class StageLayer:
     """One rank's attention layer, phase by phase.
 
-    ``x [B, N, D]`` are this rank's tokens, ``weights`` have the dtype of ``x``, ``head_dim`` is ``d``.
+    ``x [B, N, D]`` are this rank's tokens, ``weights`` have the dtype of ``x``, ``head_dim`` is ``d``. A rank's ``Sq``
+    query rows are the whole sequence, or its segment of it where ranks share a head.
     """
 
     x: Tensor
     weights: AttentionWeights
     transform: HeadTransform
     head_dim: int
+    documents: Documents | None
     exchange: HeadExchange
-    kernel: AttentionKernel
+    attention: SequenceAttention
 
     def project(self, weight: Tensor, placement: HeadPlacement) -> Tensor:
         """Project the placement's distinct heads: ``[B, N, n, d]`` in one matrix product."""
@@ -67,28 +67,23 @@ class StageLayer:
         """Project, transform and exchange the stage's queries.
 
         Returns:
-            ``q [B, S, u, d]`` of this rank, and the projection before the norm ``[B, N, U, d]`` where there is a norm.
+            ``q [B, Sq, u, d]`` of this rank, and the projection before the norm ``[B, N, U, d]`` where there is a norm.
         """
         projected = self.project(self.weights.wq, stage.queries)
         q = self.transform(projected, self.weights.q_norm)
-        return (
-            self.exchange.to_heads(split_by_rank(q, stage.queries)),
-            None if self.weights.q_norm is None else projected,
-        )
+        return self.to_heads(stage, q), None if self.weights.q_norm is None else projected
 
     def fetch_kv(self, stage: Stage) -> KVBlock:
         """Project, transform and exchange the KV heads that arrive with this stage: ``k, v [B, S, g, d]``."""
         k = self.transform(self.project(self.weights.wk, stage.fetch), self.weights.k_norm)
-        k = self.exchange.to_heads(split_by_rank(k, stage.fetch))
-        v = self.exchange.to_heads(split_by_rank(self.project(self.weights.wv, stage.fetch), stage.fetch))
+        k = self.exchange.to_heads(split_keys(k, stage.fetch))
+        v = self.exchange.to_heads(split_keys(self.project(self.weights.wv, stage.fetch), stage.fetch))
         return KVBlock(k, v)
 
     def attend(self, stage: Stage, q: Tensor, kv: dict[int, KVBlock]) -> tuple[Tensor, Tensor]:
-        """Causal attention of this rank's heads: ``o [B, S, u, d]``, ``lse [B, u, S]``."""
+        """Causal attention of this rank's heads: ``o [B, Sq, u, d]``, ``lse [B, u, Sq]``."""
         parts = [
-            self.kernel.forward(
-                q[:, :, queries], block.k[:, :, keys], block.v[:, :, keys], scale=self.scale, causal=True
-            )
+            self.attention.forward(q[:, :, queries], block.k[:, :, keys], block.v[:, :, keys], **self._options(stage))
             for queries, keys, block in self._calls(stage, kv)
         ]
         if len(parts) == 1:
@@ -99,27 +94,35 @@ class StageLayer:
     def attend_backward(
         self, stage: Stage, do: Tensor, q: Tensor, kv: dict[int, KVBlock], o: Tensor, lse: Tensor
     ) -> Tensor:
-        """``dq [B, S, u, d]``; ``dk`` and ``dv`` are added to the blocks of ``kv``."""
+        """``dq [B, Sq, u, d]``; ``dk`` and ``dv`` are added to the blocks of ``kv``."""
         parts = []
         for queries, keys, block in self._calls(stage, kv):
-            dq, dk, dv = self.kernel.backward(
+            dq, dk, dv = self.attention.backward(
                 do[:, :, queries],
                 q[:, :, queries],
                 block.k[:, :, keys],
                 block.v[:, :, keys],
                 o[:, :, queries],
                 lse[:, queries],
-                scale=self.scale,
-                causal=True,
+                **self._options(stage),
             )
             block.add_gradients(keys, dk, dv)
-            parts.append(dq)
+            parts.append(dq.to(q.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def to_sequence(self, heads: Tensor, placement: HeadPlacement) -> Tensor:
-        """Exchange back to this rank's tokens: ``[B, S, h, d]`` to ``[B, N, U, d]``."""
-        pieces = self.exchange.to_sequence(heads, placement.counts)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    def to_heads(self, stage: Stage, tokens: Tensor) -> Tensor:
+        """Exchange what belongs to the stage's queries: ``[B, N, U, d]`` to ``[B, Sq, u, d]``."""
+        rows, rank = stage.rows(self.x.shape[1]), self.exchange.rank
+        from_shards = [rows.count(rank, shard) for shard in range(self.exchange.size)]
+        return self.exchange.to_heads(split_queries(tokens, stage.queries, rows, rank), from_shards)
+
+    def to_sequence(self, stage: Stage, heads: Tensor) -> Tensor:
+        """The inverse of :meth:`to_heads`: ``[B, Sq, u, d]`` to ``[B, N, U, d]``."""
+        rows, rank, ranks = stage.rows(self.x.shape[1]), self.exchange.rank, range(self.exchange.size)
+        pieces = self.exchange.to_sequence(
+            heads, stage.queries.counts, [rows.count(rank, r) for r in ranks], [rows.count(r, rank) for r in ranks]
+        )
+        return join_queries(pieces, stage.queries, rows, rank)
 
     def release(self, stage: Stage, grads: Sequence[Tensor | None]) -> Tensor:
         """Send ``dk`` (or ``dv``) of this rank's leaving blocks back to the tokens' owners.
@@ -137,10 +140,9 @@ class StageLayer:
         sent = heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
         return sum_copies(self.exchange.to_sequence(sent, stage.release.counts), stage.release)
 
-    @property
-    def scale(self) -> float:
-        """Factor on the attention scores."""
-        return self.head_dim**-0.5
+    def _options(self, stage: Stage) -> dict[str, Any]:
+        rows = stage.rows(self.x.shape[1]).computed_by(self.exchange.rank)
+        return {"scale": self.head_dim**-0.5, "rows": rows, "documents": self.documents}
 
     def _calls(self, stage: Stage, kv: dict[int, KVBlock]) -> Iterator[tuple[slice, slice, KVBlock]]:
         calls: tuple[KernelCall, ...] = stage.calls[self.exchange.rank]
@@ -191,15 +193,6 @@ class LayerGradients:
         """The gradient of weight ``name`` in its dtype, or None where the model has no such weight."""
         grad = self.weight_grads.get(name)
         return None if grad is None else grad.to(getattr(self.weights, name).dtype)
-
-
-def runs(heads: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Slices (positions in ``heads``, head indices) of maximal consecutive runs: slices copy without index tensors."""
-    start = 0
-    for i in range(1, len(heads) + 1):
-        if i == len(heads) or heads[i] != heads[i - 1] + 1:
-            yield slice(start, i), slice(heads[start], heads[i - 1] + 1)
-            start = i
 
 
 def head_rows(weight: Tensor, heads: Sequence[int], head_dim: int) -> Tensor:

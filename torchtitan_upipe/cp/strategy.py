@@ -1,16 +1,15 @@
-"""What a model's attention hands to a context-parallel method, and what the methods share."""
+"""What a model's attention hands to a context-parallel method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchtitan_upipe.cp.head_schedule import HeadPlacement
-from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.cp.attention import SequenceAttention
+from torchtitan_upipe.kernels.visibility import Documents
 
 
 class HeadTransform(Protocol):
@@ -49,9 +48,16 @@ class AttentionWeights:
 class ContextParallelMethod(Protocol):
     """A context-parallel method: the whole attention layer of one rank's tokens, projections included."""
 
-    kernel: AttentionKernel
+    attention: SequenceAttention
 
-    def __call__(self, x: Tensor, weights: AttentionWeights, transform: HeadTransform, head_dim: int) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weights: AttentionWeights,
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Attention layer (DESIGN: one attention layer, stage by stage).
 
         Args:
@@ -59,38 +65,8 @@ class ContextParallelMethod(Protocol):
             weights: in the dtype of ``x``.
             transform: norm and RoPE of this rank's positions.
             head_dim: ``d``.
+            documents: of the whole sequences, or None for one document each.
 
         Returns:
             ``y [B, N, D]`` after the output projection.
         """
-
-
-def split_by_rank(heads: Tensor, placement: HeadPlacement) -> list[Tensor]:
-    """Views of ``heads [B, N, h, d]``, whose heads are ``placement.distinct``, as each rank needs them.
-
-    A head that several ranks need (``G < C``) stands in several pieces. Within one rank the heads are consecutive.
-    """
-    index = {head: i for i, head in enumerate(placement.distinct)}
-    return [
-        heads[:, :, index[on_rank[0]] : index[on_rank[-1]] + 1] if on_rank else heads[:, :, :0]
-        for on_rank in placement.heads
-    ]
-
-
-def sum_copies(pieces: Sequence[Tensor], placement: HeadPlacement) -> Tensor:
-    """Transpose of :func:`split_by_rank`: ``[B, N, len(distinct), d]``, the copies of each head summed.
-
-    Copies are summed in float32 (float64 stays) and rounded once.
-    """
-    index = {head: i for i, head in enumerate(placement.distinct)}
-    first = pieces[0]
-    total = first.new_zeros((*first.shape[:2], len(index), first.shape[3]), dtype=accumulate_dtype(first.dtype))
-    for piece, on_rank in zip(pieces, placement.heads, strict=True):
-        if on_rank:
-            total[:, :, index[on_rank[0]] : index[on_rank[-1]] + 1] += piece
-    return total.to(first.dtype)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of ``dtype`` terms are kept: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)

@@ -6,7 +6,7 @@ its share of the output projection. Memory grows with the chunk, not with the he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchtitan_upipe.cp.attention import SequenceAttention
 from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import HeadSchedule
 from torchtitan_upipe.cp.stage import KVBlock, LayerGradients, StageLayer, head_columns
-from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform, accumulate_dtype, split_by_rank
-from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.memory.stash import Stash
 
 
@@ -29,24 +31,50 @@ class UPipe:
     Args:
         schedule: which heads in which stage; ``schedule.degree`` must be ``exchange.size``.
         exchange: all-to-alls of the context-parallel group.
-        kernel: the attention kernel.
+        attention: of this rank's heads over the sequence.
         keep_stash: keep every stage's ``o, lse`` until the backward pass has used them; else compute them again there.
     """
 
     def __init__(
-        self, schedule: HeadSchedule, exchange: HeadExchange, kernel: AttentionKernel, keep_stash: bool
+        self, schedule: HeadSchedule, exchange: HeadExchange, attention: SequenceAttention, keep_stash: bool
     ) -> None:
         self.schedule = schedule
         self.exchange = exchange
-        self.kernel = kernel
+        self.attention = attention
         self.keep_stash = keep_stash
         self._block_stash: Stash | None = None
 
-    def __call__(self, x: Tensor, weights: AttentionWeights, transform: HeadTransform, head_dim: int) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weights: AttentionWeights,
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
         keep = self.keep_stash and torch.is_grad_enabled()
         stash = (self._block_stash or Stash()) if keep else None
-        return _UPipeLayer.apply(self, stash, transform, head_dim, x, *vars(weights).values())
+        return _UPipeLayer.apply(self, stash, transform, head_dim, documents, x, *vars(weights).values())
+
+    def layer(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor | None],
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None,
+    ) -> StageLayer:
+        """The phases of this layer for tokens ``x [B, N, D]``; ``weights`` are the fields of ``AttentionWeights``."""
+        return StageLayer(
+            x,
+            AttentionWeights(*weights),  # type: ignore[arg-type]
+            transform,
+            head_dim,
+            documents,
+            self.exchange,
+            self.attention,
+        )
 
     @contextmanager
     def using(self, stash: Stash) -> Iterator[None]:
@@ -72,10 +100,11 @@ class _UPipeLayer(torch.autograd.Function):
         stash: Stash | None,
         transform: HeadTransform,
         head_dim: int,
+        documents: Documents | None,
         x: Tensor,
         *weights: Tensor | None,
     ) -> Tensor:
-        layer = StageLayer(x, AttentionWeights(*weights), transform, head_dim, upipe.exchange, upipe.kernel)  # type: ignore[arg-type]
+        layer = upipe.layer(x, weights, transform, head_dim, documents)
         kv: dict[int, KVBlock] = {}
         y = torch.zeros_like(x, dtype=accumulate_dtype(x.dtype))
 
@@ -87,7 +116,7 @@ class _UPipeLayer(torch.autograd.Function):
                 # project and exchange: k, v of a new KV set, then q
                 if any(stage.fetch.counts):
                     kv[index] = layer.fetch_kv(stage)
-                q, _ = layer.queries(stage)  # [B, S, u, d]
+                q, _ = layer.queries(stage)  # [B, Sq, u, d]
 
                 # attention over the whole sequence
                 o, lse = layer.attend(stage, q, kv)
@@ -96,7 +125,7 @@ class _UPipeLayer(torch.autograd.Function):
                     del kv[block]
 
                 # exchange back, stash
-                o = layer.to_sequence(o, stage.queries)  # [B, N, U, d]
+                o = layer.to_sequence(stage, o)  # [B, N, U, d]
                 if stash is not None:
                     stash.put(index, o, lse)
                 del lse
@@ -107,7 +136,7 @@ class _UPipeLayer(torch.autograd.Function):
             del o
 
         ctx.save_for_backward(x, *weights)
-        ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim = upipe, stash, transform, head_dim
+        ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim, ctx.documents = upipe, stash, transform, head_dim, documents
         return y.to(x.dtype)
 
     @staticmethod
@@ -117,7 +146,7 @@ class _UPipeLayer(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         upipe: UPipe = ctx.upipe
         exchange = upipe.exchange
-        layer = StageLayer(x, AttentionWeights(*weights), ctx.transform, ctx.head_dim, exchange, upipe.kernel)
+        layer = upipe.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
         total = LayerGradients(x, layer.weights, ctx.head_dim)
         kv: dict[int, KVBlock] = {}
 
@@ -131,19 +160,19 @@ class _UPipeLayer(torch.autograd.Function):
             # o and lse: from the stash, or attention again
             stashed = None if ctx.stash is None else ctx.stash.take(index)
             if stashed is not None:
-                o_tokens, lse = stashed  # [B, N, U, d], [B, u, S]
-                o = exchange.to_heads(split_by_rank(o_tokens, stage.queries))  # [B, S, u, d]
+                o_tokens, lse = stashed  # [B, N, U, d], [B, u, Sq]
+                o = layer.to_heads(stage, o_tokens)  # [B, Sq, u, d]
                 q, projected = None, None
             else:
                 q, projected = layer.queries(stage)
                 o, lse = layer.attend(stage, q, kv)
-                o_tokens = layer.to_sequence(o, stage.queries)
+                o_tokens = layer.to_sequence(stage, o)
 
             # output projection
             total.add_output(heads, o_tokens, dy)
             del stashed, o_tokens
             do = (dy @ head_columns(layer.weights.wo, heads, ctx.head_dim)).unflatten(-1, (-1, ctx.head_dim))
-            do = exchange.to_heads(split_by_rank(do, stage.queries))  # [B, S, u, d]
+            do = layer.to_heads(stage, do)  # [B, Sq, u, d]
 
             # attention
             if q is None:
@@ -152,7 +181,7 @@ class _UPipeLayer(torch.autograd.Function):
             del do, q, o, lse
 
             # query projection
-            dq = layer.to_sequence(dq, stage.queries)  # [B, N, U, d]
+            dq = layer.to_sequence(stage, dq)  # [B, N, U, d]
             dq, d_norm = layer.transform.vjp(dq, projected, layer.weights.q_norm)
             del projected
             total.add_projection("wq", heads, dq)
@@ -174,4 +203,4 @@ class _UPipeLayer(torch.autograd.Function):
                 del dv, leaving
 
         weight_grads = [total.result(name) for name in vars(layer.weights)]
-        return None, None, None, None, total.dx.to(x.dtype), *weight_grads
+        return None, None, None, None, None, total.dx.to(x.dtype), *weight_grads

@@ -1,12 +1,12 @@
-"""The contract that every attention kernel fulfils, and its autograd wrapper."""
+"""The contract that every attention kernel fulfils."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class AttentionKernel(Protocol):
@@ -51,26 +51,51 @@ class AttentionKernel(Protocol):
         """
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: AttentionKernel, scale: float, causal: bool, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        out, lse = kernel.forward(q, k, v, scale=scale, causal=causal)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.kernel, ctx.scale, ctx.causal = kernel, scale, causal
-        return out
+@runtime_checkable
+class VarlenKernel(AttentionKernel, Protocol):
+    """A kernel that also does many independent stretches of rows in one call (packed documents on GPUs)."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.kernel.backward(grads[0], q, k, v, out, lse, scale=ctx.scale, causal=ctx.causal)
-        return None, None, None, dq, dk, dv
+    def forward_varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend stretch by stretch.
+
+        Args:
+            q: ``[B, sum(q_lengths), h, d]``, the stretches side by side, the same in every sequence of the batch.
+            k: ``[B, sum(k_lengths), g, d]``.
+            v: ``[B, sum(k_lengths), g, d]``.
+            q_lengths: rows of each stretch; equal to ``k_lengths`` if ``causal``.
+            k_lengths: keys of each stretch.
+
+        Returns:
+            ``out`` in the shape of ``q`` and ``lse [B, h, sum(q_lengths)]``.
+        """
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients ``dq, dk, dv`` of :meth:`forward_varlen`; ``out, lse`` as in :meth:`AttentionKernel.backward`."""
 
 
-def differentiable_attention(
-    kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
-) -> Tensor:
-    """``kernel.forward`` as an ordinary autograd operation; returns ``out [B, Sq, h, d]``."""
-    return _Attention.apply(kernel, scale, causal, q, k, v)
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of ``dtype`` terms are kept: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

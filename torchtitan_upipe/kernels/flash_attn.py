@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
+from flash_attn.flash_attn_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
 from torch import Tensor
+
+from torchtitan_upipe.kernels.varlen import offsets, pack_lse, unpack_lse
+
+FIXED = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
 
 
 class FlashAttn2Kernel:
@@ -17,14 +28,10 @@ class FlashAttn2Kernel:
             q,
             k,
             v,
-            dropout_p=0.0,
             softmax_scale=scale,
             causal=causal,
-            window_size_left=-1,
-            window_size_right=-1,
-            softcap=0.0,
-            alibi_slopes=None,
             return_softmax=False,
+            **FIXED,
         )
         return out, lse
 
@@ -51,13 +58,70 @@ class FlashAttn2Kernel:
             dq,
             dk,
             dv,
-            dropout_p=0.0,
             softmax_scale=scale,
             causal=causal,
-            window_size_left=-1,
-            window_size_right=-1,
-            softcap=0.0,
-            alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            **FIXED,
         )
         return dq, dk, dv
+
+    def forward_varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch = q.shape[0]
+        rows, keys = offsets(q_lengths, batch, q.device), offsets(k_lengths, batch, q.device)
+        out, lse, _, _ = _flash_attn_varlen_forward(
+            *(t.flatten(0, 1) for t in (q, k, v)),
+            rows.cumulative,
+            keys.cumulative,
+            rows.longest,
+            keys.longest,
+            softmax_scale=scale,
+            causal=causal,
+            return_softmax=False,
+            **FIXED,
+        )
+        return out.view(q.shape), unpack_lse(lse, batch)
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = q.shape[0]
+        rows, keys = offsets(q_lengths, batch, q.device), offsets(k_lengths, batch, q.device)
+        inputs = [t.flatten(0, 1) for t in (dout, q, k, v, out)]
+        dq, dk, dv = (torch.empty_like(t) for t in inputs[1:4])
+        _flash_attn_varlen_backward(
+            *inputs,
+            pack_lse(lse),
+            dq,
+            dk,
+            dv,
+            rows.cumulative,
+            keys.cumulative,
+            rows.longest,
+            keys.longest,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **FIXED,
+        )
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)

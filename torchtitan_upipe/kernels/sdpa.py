@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from torchtitan_upipe.kernels.varlen import offsets, pack_lse, unpack_lse
 
 aten = torch.ops.aten
 
@@ -76,6 +80,64 @@ class CudaFlashKernel:
             scale=scale,
         )
         return _bhsd(*grads)  # type: ignore[return-value]
+
+    def forward_varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch = q.shape[0]
+        rows, keys = offsets(q_lengths, batch, q.device), offsets(k_lengths, batch, q.device)
+        out, lse, *_ = aten._flash_attention_forward(
+            *(t.flatten(0, 1) for t in (q, k, v)),
+            rows.cumulative,
+            keys.cumulative,
+            rows.longest,
+            keys.longest,
+            0.0,
+            causal,
+            False,
+            scale=scale,
+        )
+        return out.view(q.shape), unpack_lse(lse, batch)
+
+    def backward_varlen(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = q.shape[0]
+        rows, keys = offsets(q_lengths, batch, q.device), offsets(k_lengths, batch, q.device)
+        seed, offset = torch.empty((2, 0), dtype=torch.uint64, device=q.device)
+        dq, dk, dv = aten._flash_attention_backward(
+            *(t.flatten(0, 1) for t in (dout, q, k, v, out)),
+            pack_lse(lse),
+            rows.cumulative,
+            keys.cumulative,
+            rows.longest,
+            keys.longest,
+            0.0,
+            causal,
+            seed,
+            offset,
+            scale=scale,
+        )
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 class CudnnKernel:

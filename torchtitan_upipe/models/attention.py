@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod, accumulate_dtype
+from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.models.rope import Rope
 
 RopeFromTable = Callable[[Tensor, Tensor], Rope]
@@ -54,9 +56,16 @@ class ContextParallelAttention(nn.Module):
         attention: TorchTitan's Llama3 or Qwen3 attention; its children are taken over.
         method: the context-parallel method.
         rope_from_table: from the model's position table and this rank's positions to a :class:`Rope`.
+        document_mask: refuse to run without documents.
     """
 
-    def __init__(self, attention: nn.Module, method: ContextParallelMethod, rope_from_table: RopeFromTable) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        method: ContextParallelMethod,
+        rope_from_table: RopeFromTable,
+        document_mask: bool = False,
+    ) -> None:
         super().__init__()
         self.wq: nn.Linear = attention.wq  # type: ignore[assignment]
         self.wk: nn.Linear = attention.wk  # type: ignore[assignment]
@@ -66,6 +75,7 @@ class ContextParallelAttention(nn.Module):
         self.k_norm: nn.RMSNorm | None = getattr(attention, "k_norm", None)
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
         self.method = method
+        self.document_mask = document_mask
         self._rope_from_table = rope_from_table
         self._titan_class: Any = type(attention)
 
@@ -81,18 +91,25 @@ class ContextParallelAttention(nn.Module):
         Args:
             x: ``[B, N, D]``.
             rope_table: the model's position table.
-            attention_masks: must be None.
-            positions: ``[B, N]`` global positions of the tokens; None means ``0 .. N-1``.
+            attention_masks: the :class:`Documents` of the whole sequences, or None for one document each.
+            positions: ``[B, N]`` positions of the tokens for RoPE; None means ``0 .. N-1``.
 
         Returns:
             ``y [B, N, D]``.
 
         Raises:
-            ValueError: a mask was given.
+            ValueError: another kind of mask was given, or none where the job packs documents.
         """
-        if attention_masks is not None:
+        documents = attention_masks if isinstance(attention_masks, Documents) else None
+        if attention_masks is not None and documents is None:
             raise ValueError(
-                "attention masks are not supported here; choose a model flavor with causal SDPA attention."
+                f"attention masks of type {type(attention_masks).__name__} are not supported here; choose a model "
+                "flavor with causal SDPA attention, and training.document_mask = true for packed documents."
+            )
+        if documents is None and self.document_mask:
+            raise ValueError(
+                "training.document_mask = true, but the trainer gave no documents; start the job with "
+                "`torchrun -m torchtitan_upipe.train`."
             )
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
@@ -113,4 +130,4 @@ class ContextParallelAttention(nn.Module):
             norm_eps=0.0 if self.q_norm is None else float(self.q_norm.eps or 0.0),
         )
         with torch.autocast(device_type, enabled=False):
-            return self.method(x, weights, transform, self.head_dim)
+            return self.method(x, weights, transform, self.head_dim, documents)

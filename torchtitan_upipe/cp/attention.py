@@ -1,0 +1,121 @@
+"""Attention of this rank's heads over the sequence: on one rank, where all keys are at hand.
+
+``ring.py`` is the other implementation of the contract, where the keys are spread over a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.pieces import attend, attend_backward
+from torchtitan_upipe.kernels.visibility import Documents, Interval, Piece, Tokens, visible_pieces
+
+
+class SequenceAttention(Protocol):
+    """Causal attention of some query rows over all tokens of the sequence, within documents if there are any.
+
+    ``q [B, Sq, h, d]`` are the rows ``rows`` (disjoint, rising) of the ``T`` tokens that this rank's group has
+    gathered; ``k, v [B, T, g, d]`` are all of them. ``out``, ``lse`` and the gradients are those of
+    :class:`~torchtitan_upipe.kernels.contract.AttentionKernel`.
+    """
+
+    kernel: AttentionKernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rows: Sequence[Interval], documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """``out [B, Sq, h, d]`` in the dtype of ``q``, ``lse [B, h, Sq]``."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        rows: Sequence[Interval],
+        documents: Documents | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``dq [B, Sq, h, d]``, ``dk [B, T, g, d]``, ``dv [B, T, g, d]``; float32 where they are sums."""
+
+
+class LocalAttention:
+    """:class:`SequenceAttention` where the group's ``T`` tokens are the whole sequence."""
+
+    def __init__(self, kernel: AttentionKernel) -> None:
+        self.kernel = kernel
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rows: Sequence[Interval], documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`SequenceAttention`."""
+        tokens = Tokens(((0, k.shape[1]),))
+        parts = [
+            attend(self.kernel, q[b], k[b], v[b], pieces, scale=scale)
+            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents)
+        ]
+        return _join(parts)  # type: ignore[return-value]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        rows: Sequence[Interval],
+        documents: Documents | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`SequenceAttention`."""
+        tokens = Tokens(((0, k.shape[1]),))
+        parts = [
+            attend_backward(self.kernel, dout[b], q[b], k[b], v[b], out[b], lse[b], pieces, scale=scale)
+            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents)
+        ]
+        return _join(parts)  # type: ignore[return-value]
+
+
+def by_sequence(queries: Tokens, keys: Tokens, documents: Documents | None) -> list[tuple[slice, list[Piece]]]:
+    """What queries see of keys, for all sequences of the batch at once or, with documents, for each of them."""
+    if documents is None:
+        return [(slice(None), visible_pieces(queries, keys))]
+    return [(slice(b, b + 1), visible_pieces(queries, keys, starts)) for b, starts in enumerate(documents.starts)]
+
+
+def _join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, attention: SequenceAttention, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        out, lse = attention.forward(q, k, v, **options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.attention, ctx.options = attention, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        d_qkv = ctx.attention.backward(grads[0], *inputs, **ctx.options)
+        return None, None, *(d.to(t.dtype) for d, t in zip(d_qkv, inputs, strict=False))
+
+
+def differentiable_attention(attention: SequenceAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """``attention.forward(q, k, v, **options)`` as an ordinary autograd operation; returns ``out [B, Sq, h, d]``."""
+    return _Attention.apply(attention, options, q, k, v)

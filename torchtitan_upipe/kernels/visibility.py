@@ -1,0 +1,111 @@
+"""Which keys each query sees, as few rectangles. Pure Python: no torch, no device, no group.
+
+One rule covers causal and block-causal masks, whole sequences, query segments, query tiles and the steps of a ring: a
+query sees the keys of its own document that do not come after it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Interval = tuple[int, int]  # (start, stop)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens stored side by side in rising order: disjoint, rising intervals of positions in the sequence."""
+
+    intervals: tuple[Interval, ...]
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.intervals)
+
+    def before(self, position: int) -> int:
+        """Number of stored tokens before ``position``: the row where a token there would stand."""
+        return sum(min(stop, position) - start for start, stop in self.intervals if start < position)
+
+    def rows(self, wanted: Sequence[Interval]) -> Tokens:
+        """The tokens stored in the rows ``wanted`` (disjoint, rising)."""
+        found, first_row = [], 0
+        for start, stop in self.intervals:
+            for low, high in wanted:
+                a, b = max(low - first_row, 0), min(high - first_row, stop - start)
+                if a < b:
+                    found.append((start + a, start + b))
+            first_row += stop - start
+        return Tokens(tuple(found))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents packed into each sequence of a batch.
+
+    ``starts[b]`` are the positions at which the documents of sequence ``b`` begin, rising from 0; each ends where the
+    next one begins, the last with the sequence.
+    """
+
+    starts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Query rows that see the same key rows, and what of them is causal.
+
+    Attributes:
+        rows: rows of the queries.
+        keys: rows of the keys that the last of these queries sees.
+        causal: the last ``len(rows)`` keys stand at the queries' own positions, and each query sees them up to itself;
+            the keys before, and all keys where this is False, are seen by every query.
+    """
+
+    rows: Interval
+    keys: Interval
+    causal: bool
+
+    def follows(self, other: Piece) -> bool:
+        """Whether this piece and ``other``, which stands directly before it, are one."""
+        if self.causal != other.causal or self.rows[0] != other.rows[1] or self.keys[0] != other.keys[0]:
+            return False
+        return self.keys[1] - other.keys[1] == (self.rows[1] - self.rows[0] if self.causal else 0)
+
+
+def visible_pieces(
+    queries: Tokens, keys: Tokens, starts: Sequence[int] = (0,), max_rows: int | None = None
+) -> list[Piece]:
+    """What ``queries`` see of ``keys``; every query row stands in at most one piece.
+
+    Args:
+        queries: positions of the query rows.
+        keys: positions of the key rows.
+        starts: where documents begin, rising from 0.
+        max_rows: cut pieces to this many query rows (query tiles).
+    """
+    cuts = sorted({*starts, *(edge for interval in keys.intervals for edge in interval)})
+    pieces: list[Piece] = []
+    row = 0
+    for start, stop in queries.intervals:
+        inner = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
+        for a, b in zip([start, *inner], [*inner, stop], strict=True):
+            document = starts[bisect_right(starts, a) - 1]
+            first, last = keys.before(document), keys.before(b)
+            piece = Piece((row, row + b - a), (first, last), causal=last > keys.before(a))
+            row += b - a
+            if last == first:
+                continue
+            if pieces and piece.follows(pieces[-1]):
+                earlier = pieces.pop()
+                piece = Piece((earlier.rows[0], piece.rows[1]), piece.keys, piece.causal)
+            pieces.append(piece)
+    return pieces if max_rows is None else [tile for piece in pieces for tile in _tiles(piece, max_rows)]
+
+
+def _tiles(piece: Piece, max_rows: int) -> list[Piece]:
+    start, stop = piece.rows
+    tiles = []
+    for a in range(start, stop, max_rows):
+        b = min(a + max_rows, stop)
+        last = piece.keys[1] - (stop - b if piece.causal else 0)
+        tiles.append(Piece((a, b), (piece.keys[0], last), piece.causal))
+    return tiles
