@@ -4,7 +4,8 @@
         --methods upipe,ulysses,ring --seq_lens 2k,4k --steps 5 --out outputs/ab [--section.field value ...]
 
 Writes ``results.jsonl`` (one line per run), ``table.md``, plots and TensorBoard scalars below ``--out``. Started again
-with the same arguments it goes on where it was.
+with the same arguments it goes on where it was. For a job of several nodes run it on each, as ``scripts/launch.sh``,
+with an ``--out`` that all of them see.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +29,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.config import JobConfig
 
-from benchmarks.arms import Run, check_overrides, launch_environment, parse_length, plan, torchrun, world_size
+from benchmarks.arms import (
+    Run,
+    check_overrides,
+    launch_environment,
+    node_rank,
+    parse_length,
+    plan,
+    torchrun,
+    world_size,
+)
 from benchmarks.prediction import Prediction, predict
 from benchmarks.publish import publish
 from benchmarks.results import Record, ResultsFile
 from torchtitan_upipe.config import load_config
 
 Predict = Callable[[JobConfig], Prediction | None]
+KILLED = "Signal 9 (SIGKILL)"  # torchrun's words for it
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,9 @@ def parse(arguments: Sequence[str]) -> Sweep:
     parser.add_argument("--methods", required=True, help="e.g. upipe,ulysses,ring; ratios are to the first")
     parser.add_argument("--seq_lens", required=True, help="e.g. 8k,16k or 1m; k = 1024, m = 1024 k")
     parser.add_argument("--head_chunks", default="", help="one UPipe arm each; default: the job file's")
-    parser.add_argument("--rounds", type=int, default=1, help="how often the whole sequence of arms is run")
-    parser.add_argument("--warmup", type=int, default=2, help="first steps of a run, not timed")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the whole sequence of arms is run (2)")
+    parser.add_argument("--warmup", type=int, default=2, help="first steps of a run, not timed (2)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (5)")
     parser.add_argument("--timeout", type=float, default=86400, help="seconds after which a run counts as failed")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; an existing one is continued")
     options, job = parser.parse_known_args(arguments)
@@ -103,24 +115,25 @@ def run_sweep(sweep: Sweep, predict: Predict = predict) -> list[Record]:
     """
     sweep.out.mkdir(parents=True, exist_ok=True)
     results, fingerprint = ResultsFile(sweep.out), sweep.fingerprint
-    records_here = int(os.environ.get("NODE_RANK", "0")) == 0  # of several nodes, the first keeps the results
     done = {record["run"]: record for record in results.load()}
     others = {record["job"] for record in done.values()} - {fingerprint}
     if others:
         raise ValueError(f"{results.path} holds results of another job file, overrides or steps; choose another --out.")
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with results.writing(), Progress(*columns, console=console) as progress:
+    with results.writing() if node_rank() == 0 else nullcontext(), Progress(*columns, console=console) as progress:
         missing = [run for run in sweep.runs if run.key not in done]
         task = progress.add_task("", total=len(missing))
         for run in missing:
             progress.update(task, description=f"{run.arm.name}, {run.arm.seq_len} tokens, round {run.round + 1}")
             record = {"run": run.key, "job": fingerprint, **execute(sweep, run, predict)}
             done[run.key] = record
-            if records_here:
+            if node_rank() == 0:  # of several nodes, the first keeps the results
                 results.append(record)
             progress.advance(task)
-            console.print(f"{run.key}: {_outcome(record)}", highlight=False)
+            left = progress.tasks[task].time_remaining
+            remaining = "" if left is None else f"; about {left / 60:.0f} min left"
+            console.print(f"{run.key}: {_outcome(record)}{remaining}", highlight=False)
     return [done[run.key] for run in sweep.runs]
 
 
@@ -138,34 +151,40 @@ def execute(sweep: Sweep, run: Run, predict: Predict) -> Record:
     job = [*sweep.job, *run.arm.overrides]
     started = time.monotonic()
     record: Record = {"arm": asdict(run.arm), "round": run.round, "arguments": job}
-    if not result.exists():
+    try:
+        config = load_config(job)
         options = ["--result", str(result), "--warmup", str(sweep.warmup), "--steps", str(sweep.steps)]
-        try:
-            config = load_config(job)
-            command = torchrun(
-                world_size(config), "benchmarks.measured", [*options, *job, "--job.dump_folder", str(folder)]
-            )
-            prediction = predict(config)
-        except ValueError as error:
-            return record | _failed(str(error), started)
+        command = torchrun(
+            world_size(config), "benchmarks.measured", [*options, *job, "--job.dump_folder", str(folder)]
+        )
+        prediction = predict(config)
+    except ValueError as error:
+        outcome: Record = {"status": "failed", "reason": str(error)}
+    else:
         if prediction is not None:
             record["predicted"] = asdict(prediction)
-        ended = _run_logged(command, folder / "log.txt", sweep.timeout)
-        if not result.exists():
-            return record | _failed(f"{ended}; see {folder.name}/log.txt", started)
-    return record | json.loads(result.read_text()) | _times(started)
+        outcome = _finished(result)
+        if outcome.get("status") != "ok":  # what a killed sweep has left of a job that was ended with it
+            result.unlink(missing_ok=True)
+            log = folder / f"log-node{node_rank()}.txt"
+            broken_off = _run_logged(command, log, sweep.timeout)
+            outcome = {**broken_off, "log": str(log)} if broken_off else _finished(result)
+    times = {"wall_seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    return record | outcome | times
 
 
-def _failed(reason: str, started: float) -> Record:
-    return {"status": "failed", "reason": reason, **_times(started)}
+def _finished(result: Path) -> Record:
+    if not result.exists():
+        return {"status": "failed", "reason": "the job ended without a result; see its log"}
+    return dict(json.loads(result.read_text()))
 
 
-def _times(started: float) -> Record:
-    return {"wall_seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+def _run_logged(command: Sequence[str], log: Path, timeout: float) -> Record | None:
+    """Run ``command`` with its output in ``log``; end it with this process.
 
-
-def _run_logged(command: Sequence[str], log: Path, timeout: float) -> str:
-    """Run ``command`` with its output in ``log``; end it with this process; say how it ended."""
+    Returns:
+        None, or the outcome where the ranks themselves cannot tell it.
+    """
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -175,14 +194,16 @@ def _run_logged(command: Sequence[str], log: Path, timeout: float) -> str:
             preexec_fn=lambda: _prctl_pr_set_pdeathsig(signal.SIGTERM),  # noqa: PLW1509 torchrun then ends its ranks
         )
         try:
-            code = process.wait(timeout)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return f"stopped after {timeout:.0f} s"
+            return {"status": "failed", "reason": f"stopped after {timeout:.0f} s"}
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    return f"exit code {code} without a result (a rank killed by the system, for lack of host memory say, leaves none)"
+    if process.returncode and KILLED in log.read_text(errors="replace"):  # its neighbours only see it gone
+        return {"status": "killed", "reason": "a rank was killed, as the system does where host memory runs out"}
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
-    if int(os.environ.get("NODE_RANK", "0")) == 0:
+    if node_rank() == 0:
         print(publish(records, sweep.out))
     return 0
 

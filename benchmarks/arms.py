@@ -139,6 +139,11 @@ def world_size(config: JobConfig) -> int:
     return degree
 
 
+def node_rank() -> int:
+    """This node's number among those that run the same sweep."""
+    return int(os.environ.get("NODE_RANK", "0"))
+
+
 def torchrun(ranks: int, module: str, arguments: Sequence[str]) -> list[str]:
     """The command that starts ``module`` on ``ranks`` ranks: on this node, or on the ``NNODES`` that run the same sweep.
 

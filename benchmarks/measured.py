@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.train import Trainer, read_job, refuse  # first: it makes the CPU a device of TorchTitan
+from torchtitan_upipe.train import Trainer, read_job  # first: it makes the CPU a device of TorchTitan
 
 # isort: split
 import torch
@@ -28,8 +28,8 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_module, device_type
 
 from benchmarks.environment import environment
-from benchmarks.peak import CpuMeter, CudaMeter, PeakMeter
-from torchtitan_upipe.cp.collectives import Traffic
+from benchmarks.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
+from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange, Traffic
 from torchtitan_upipe.models.attention import ContextParallelAttention
 
 OUT_OF_HOST_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -43,8 +43,10 @@ class RankMeasurement:
         step_seconds: the timed steps.
         loss: the logged loss of every step, warm-up included.
         sent: calls and bytes of one step, by kind of exchange; what FSDP sends is not in it.
+            Empty where the method does not count (TorchTitan's own).
         peak_device: see :class:`~benchmarks.peak.PeakMeter`.
-        peak_host: largest resident set of the process.
+        peak_host: largest resident set of the process during the timed steps.
+        held: the parts of ``peak_device`` that outlive a step: parameters (with buffers), optimizer state.
     """
 
     step_seconds: list[float]
@@ -52,6 +54,7 @@ class RankMeasurement:
     sent: dict[str, Traffic]
     peak_device: int
     peak_host: int
+    held: dict[str, int]
 
 
 class MeasuredTrainer(Trainer):
@@ -64,7 +67,7 @@ class MeasuredTrainer(Trainer):
     """
 
     def __init__(self, config: JobConfig, warmup: int, steps: int) -> None:
-        self.meter: PeakMeter = CpuMeter(self._held) if device_type == "cpu" else CudaMeter()
+        self.meter: PeakMeter = CpuMeter(lambda: sum(self.held().values())) if device_type == "cpu" else CudaMeter()
         config.training.steps = warmup + steps + int(self.meter.own_step)
         config.metrics.log_freq = 1
         super().__init__(config)
@@ -72,6 +75,7 @@ class MeasuredTrainer(Trainer):
         self._step_seconds: list[float] = []
         self._loss: list[float] = []
         self._sent: dict[str, Traffic] = {}
+        self._peak_host = 0
         self._log = self.metrics_processor.log
         self.metrics_processor.log = self._record_and_log
 
@@ -87,17 +91,24 @@ class MeasuredTrainer(Trainer):
         self._synchronise()
         if timed:
             self._step_seconds.append(time.perf_counter() - started)
-            after = sent_so_far(self.model_parts)
             self._sent = {
                 kind: Traffic(total.calls - before[kind].calls, total.bytes - before[kind].bytes)
-                for kind, total in after.items()
+                for kind, total in sent_so_far(self.model_parts).items()
             }
 
     def measurement(self) -> RankMeasurement:
         """Of this rank, once training has ended."""
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak_host = resident if sys.platform == "darwin" else resident * 1024
-        return RankMeasurement(self._step_seconds, self._loss, self._sent, self.meter.peak, peak_host)
+        return RankMeasurement(
+            self._step_seconds, self._loss, self._sent, self.meter.peak, self._peak_host, self.held()
+        )
+
+    def held(self) -> dict[str, int]:
+        """Bytes that a step finds and leaves allocated on this rank, by what they are for."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return {
+            "parameters": storage_bytes(t for part in self.model_parts for t in (*part.parameters(), *part.buffers())),
+            "optimizer": storage_bytes(t for state in states for t in state.values() if isinstance(t, Tensor)),
+        }
 
     def _synchronise(self) -> None:
         dist.barrier()
@@ -105,31 +116,29 @@ class MeasuredTrainer(Trainer):
 
     def _record_and_log(self, step: int, loss: float, *args: Any, **kwargs: Any) -> None:
         self.meter.before_log()
+        if step in self._timed:  # before TorchTitan logs: on CPU it then starts a new peak
+            self._peak_host = max(self._peak_host, peak_resident_bytes())
         self._loss.append(float(loss))
         self._log(step, loss, *args, **kwargs)
 
-    def _held(self) -> Iterator[Tensor]:
-        """The tensors that a step finds and leaves allocated."""
-        for part in self.model_parts:
-            yield from part.parameters()
-            yield from part.buffers()
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def sent_so_far(model_parts: Sequence[nn.Module]) -> dict[str, Traffic]:
     """What the attention layers of this rank have sent: by all-to-alls, and around rings."""
-    totals = {"all_to_all": Traffic(), "ring": Traffic()}
-    for part in model_parts:
-        for module in part.modules():
-            if isinstance(module, ContextParallelAttention):
-                owners = {"all_to_all": module.method, "ring": module.method.kernel}
-                for kind, owner in owners.items():
-                    sent: Traffic | None = getattr(getattr(owner, "exchange", None), "traffic", None)
-                    if sent is not None:
-                        totals[kind].calls += sent.calls
-                        totals[kind].bytes += sent.bytes
+    totals: dict[str, Traffic] = {}
+    layers = [m for part in model_parts for m in part.modules() if isinstance(m, ContextParallelAttention)]
+    for layer in layers:
+        for kind, owner in {"all_to_all": layer.method, "ring": layer.method.attention}.items():
+            exchange: HeadExchange | RingExchange | None = getattr(owner, "exchange", None)
+            if exchange is not None:
+                total = totals.setdefault(kind, Traffic())
+                total.calls += exchange.traffic.calls
+                total.bytes += exchange.traffic.bytes
     return totals
 
 
@@ -149,9 +158,8 @@ def run(config: JobConfig, warmup: int, steps: int) -> list[RankMeasurement]:
 def summary(config: JobConfig, ranks: Sequence[RankMeasurement], warmup: int, how: str) -> dict[str, Any]:
     """The JSON object of a run that went well. A step takes as long as its slowest rank."""
     seconds = [max(times) for times in zip(*(rank.step_seconds for rank in ranks), strict=True)]
-    quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    )
+    quartiles = torch.tensor(seconds).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    largest = max(ranks, key=lambda rank: rank.peak_device)
     p, training = config.parallelism, config.training
     batch_ranks = len(ranks) // p.context_parallel_degree
     sequences = (
@@ -164,11 +172,12 @@ def summary(config: JobConfig, ranks: Sequence[RankMeasurement], warmup: int, ho
         "step_seconds": seconds,
         "step_seconds_quartiles": quartiles.tolist(),
         "tokens_per_second_per_rank": sequences * training.seq_len / float(quartiles[1]) / len(ranks),
-        "peak_device_bytes": max(rank.peak_device for rank in ranks),
+        "peak_device_bytes": largest.peak_device,
+        "held_bytes": largest.held,
         "peak_device_bytes_of_ranks": [rank.peak_device for rank in ranks],
         "peak_device_is": how,
         "peak_host_bytes": max(rank.peak_host for rank in ranks),
-        "peak_host_is": "largest resident set of a rank's process",
+        "peak_host_is": "largest resident set of a rank's process over the timed steps",
         "sent_per_step": {kind: asdict(sent) for kind, sent in ranks[0].sent.items()},
         "sent_per_step_is": "by rank 0 to other ranks for attention; FSDP's traffic is not counted",
         "loss": ranks[0].loss,
@@ -211,7 +220,8 @@ def main() -> int:
         ranks = run(config, options.warmup, options.steps)
     except ValueError as error:
         write_first(options.result, {**failure(error), **where})
-        return refuse(error)
+        print(f"ValueError: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         write_first(options.result, {**failure(error), **where})
         raise

@@ -78,7 +78,7 @@ class ArmResult:
     """What the runs of one arm say together.
 
     Attributes:
-        status: ``"ok"`` if any run was, else the first run's ``"OOM"`` or ``"failed"``.
+        status: ``"ok"`` if any run was, else the first run's: ``"OOM"``, ``"killed"`` or ``"failed"``.
         tokens_per_second: per rank, the median of the runs.
         peak_device, peak_host: bytes, the largest of the runs.
         predicted: bytes by category; empty without a prediction.
