@@ -81,20 +81,24 @@ class MeasuredTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """One step of TorchTitan's, measured."""
-        timed = self.step in self._timed
-        watched = self.step > self._timed[-1] if self.meter.own_step else timed
+        watched = self.step > self._timed[-1] if self.meter.own_step else self.is_timed
         before = sent_so_far(self.model_parts)
         self._synchronise()
         started = time.perf_counter()
         with self.meter.watch() if watched else nullcontext():
             super().train_step(data_iterator)
         self._synchronise()
-        if timed:
+        if self.is_timed:
             self._step_seconds.append(time.perf_counter() - started)
             self._sent = {
                 kind: Traffic(total.calls - before[kind].calls, total.bytes - before[kind].bytes)
                 for kind, total in sent_so_far(self.model_parts).items()
             }
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the step under way is one of those timed."""
+        return self.step in self._timed
 
     def measurement(self) -> RankMeasurement:
         """Of this rank, once training has ended."""
@@ -104,11 +108,17 @@ class MeasuredTrainer(Trainer):
 
     def held(self) -> dict[str, int]:
         """Bytes that a step finds and leaves allocated on this rank, by what they are for."""
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        buffers = [b for part in self.model_parts for b in part.buffers()]
         return {
-            "parameters": storage_bytes(t for part in self.model_parts for t in (*part.parameters(), *part.buffers())),
-            "optimizer": storage_bytes(t for state in states for t in state.values() if isinstance(t, Tensor)),
+            "parameters": storage_bytes([*parameters, *buffers]),
+            "optimizer": storage_bytes(self.optimizer_state(parameters)),
         }
+
+    def optimizer_state(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What the optimizer keeps for ``parameters`` from step to step."""
+        states = [optimizer.state.get(p, {}) for optimizer in self.optimizers for p in parameters]
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
     def _synchronise(self) -> None:
         dist.barrier()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from benchmarks.arms import Arm, spell_length
 from benchmarks.results import GIB, ArmResult
 
-MEASURED, PREDICTED, PUBLISHED = "measured", "predicted", "published"
+MEASURED, PREDICTED, PUBLISHED, EXTRAPOLATED = "measured", "predicted", "published", "extrapolated"
 SMALL = GIB // 16  # below it MiB are easier to read
 
 
