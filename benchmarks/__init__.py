@@ -1,1 +1,1 @@
-"""Commands that compare context-parallel methods: ``ab`` (sweep), ``report`` (beside the paper), ``rehearse`` (one rank)."""
+"""Commands that compare methods: ``ab`` (a sweep), ``report`` (beside the paper), ``rehearse`` (one rank of many)."""

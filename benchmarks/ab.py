@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -191,7 +190,7 @@ def _run_logged(command: Sequence[str], log: Path, timeout: float) -> Record | N
             stdout=output,
             stderr=subprocess.STDOUT,
             env=launch_environment(),
-            preexec_fn=lambda: _prctl_pr_set_pdeathsig(signal.SIGTERM),  # noqa: PLW1509 torchrun then ends its ranks
+            preexec_fn=lambda: _prctl_pr_set_pdeathsig(signal.SIGTERM),  # torchrun then ends its ranks
         )
         try:
             process.wait(timeout)

@@ -145,7 +145,7 @@ def node_rank() -> int:
 
 
 def torchrun(ranks: int, module: str, arguments: Sequence[str]) -> list[str]:
-    """The command that starts ``module`` on ``ranks`` ranks: on this node, or on the ``NNODES`` that run the same sweep.
+    """The command that starts ``module`` on ``ranks`` ranks: of this node, or of the ``NNODES`` that run this sweep.
 
     ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are read as by ``scripts/launch.sh``.
 

@@ -7,38 +7,26 @@ collectives are those of the real job; values, and the time of the exchanges, ar
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import HashStore, _create_work_from_future  # type: ignore[attr-defined]
 
 BACKEND = "local_copies"
 
 
-class LocalCopies(dist.ProcessGroup):
-    """A process group of which one rank runs. A collective that is not here fails by its name.
+class CopyCollectives:
+    """The collectives of rank ``rank`` among ``size``, under the names by which ``torch.distributed`` calls them."""
 
-    Args:
-        rank: this rank.
-        size: number of ranks that the group seems to have.
-    """
+    rank: Callable[[], int]
+    size: Callable[[], int]
 
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+    def __init__(self) -> None:
         self._under_way: deque[Tensor] = deque()  # sent and not yet received
-
-    def getBackendName(self) -> str:  # noqa: N802 torch's name
-        """Name of the backend."""
-        return BACKEND
-
-    @property
-    def group_name(self) -> str:
-        """The name under which ``torch.distributed`` knows this group."""
-        return dist.distributed_c10d._world.pg_names[self]
 
     def all_gather_single(self, output: Tensor, shard: Tensor, opts: object = None) -> dist.Work:
         """Every rank's part of ``output`` is ``shard``."""
@@ -47,7 +35,9 @@ class LocalCopies(dist.ProcessGroup):
                 part.copy_(shard.view_as(part))
         return _done()
 
-    def allgather(self, outputs: Sequence[Sequence[Tensor]], shards: Sequence[Tensor], opts: object = None) -> dist.Work:
+    def allgather(
+        self, outputs: Sequence[Sequence[Tensor]], shards: Sequence[Tensor], opts: object = None
+    ) -> dist.Work:
         """Every tensor of ``outputs[i]`` is ``shards[i]``."""
         for parts, shard in zip(outputs, shards, strict=True):
             for part in parts:
@@ -105,6 +95,28 @@ class LocalCopies(dist.ProcessGroup):
     alltoall_base = all_to_all_single
 
 
+class LocalCopies(CopyCollectives, dist.ProcessGroup):  # type: ignore[misc]  # torch's stubs are overloaded
+    """A process group of which one rank runs. A collective that :class:`CopyCollectives` lacks fails by its name.
+
+    Args:
+        rank: this rank.
+        size: number of ranks that the group seems to have.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        CopyCollectives.__init__(self)
+        dist.ProcessGroup.__init__(self, rank, size)  # type: ignore[call-arg]
+
+    def getBackendName(self) -> str:  # noqa: N802 torch's name
+        """Name of the backend."""
+        return BACKEND
+
+    @property
+    def group_name(self) -> dist.GroupName:
+        """The name under which ``torch.distributed`` knows this group."""
+        return dist.distributed_c10d._world.pg_names[self]
+
+
 def _done() -> dist.Work:
     future: torch.futures.Future[None] = torch.futures.Future()
     future.set_result(None)
@@ -114,7 +126,7 @@ def _done() -> dist.Work:
 def join_alone(rank: int, world_size: int) -> None:
     """Initialise ``torch.distributed`` as rank ``rank`` of ``world_size``, of which no other runs."""
     dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
-    dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(BACKEND, store=HashStore(), rank=rank, world_size=world_size)
 
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> LocalCopies:

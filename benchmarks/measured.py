@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,6 @@ def summary(config: JobConfig, ranks: Sequence[RankMeasurement], warmup: int, ho
     )
     return {
         "status": "ok",
-        "ranks": len(ranks),
         "warmup_steps": warmup,
         "step_seconds": seconds,
         "step_seconds_quartiles": quartiles.tolist(),
@@ -208,10 +207,8 @@ def write_first(path: Path, result: dict[str, Any]) -> None:
     """Write ``path`` whole, unless another rank has: the first failure is the cause of the others."""
     temporary = path.with_suffix(f".rank{os.environ.get('RANK', '0')}")
     temporary.write_text(json.dumps(result) + "\n")
-    try:
+    with suppress(FileExistsError):
         os.link(temporary, path)
-    except FileExistsError:
-        pass
     temporary.unlink()
 
 
@@ -223,17 +220,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
     options, arguments = parser.parse_known_args()
     init_logger()
-    where = environment(device_type)
+    about = {"ranks": int(os.environ["WORLD_SIZE"]), **environment(device_type)}
     try:
         config = read_job(arguments)
-        about = {**where, "config": config.to_dict()}
+        about["config"] = config.to_dict()
         ranks = run(config, options.warmup, options.steps)
     except ValueError as error:
-        write_first(options.result, {**failure(error), **where})
+        write_first(options.result, {**failure(error), **about})
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        write_first(options.result, {**failure(error), **where})
+        write_first(options.result, {**failure(error), **about})
         raise
     if int(os.environ["RANK"]) == 0:
         how = (CpuMeter if device_type == "cpu" else CudaMeter).how

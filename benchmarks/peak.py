@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _memory_events(recorder: profile) -> list[tuple[str, int]]:
     """Allocations, releases and marks in order of time, each with the bytes by which it changes what is live."""
-    events = recorder.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = recorder.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(e.start_ns(), e.name(), e.nbytes()) for e in events if e.name() == MEMORY_EVENT]
     marks = [(e.start_ns(), e.name(), 0) for e in events if e.name().startswith(MARK)]
     return [event[1:] for event in sorted(changes + marks, key=lambda event: event[0])]

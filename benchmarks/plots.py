@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.arms import Arm, spell_length
-from benchmarks.results import GIB, ArmResult
-from benchmarks.tables import SMALL, arm_names
+from benchmarks.results import ArmResult
+from benchmarks.tables import MEASURED, PREDICTED, arm_names, memory_unit
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
 COLOURS = {"upipe": "#D55E00", "ulysses": "#0072B2", "ring": "#009E73", "torchtitan": "#CC79A7"}
@@ -27,13 +27,11 @@ def plot_sweep(results: Mapping[Arm, ArmResult], folder: Path) -> list[Path]:
     if good:
         rates = {arm: result.tokens_per_second for arm, result in good.items()}
         paths.append(_over_context(rates, results, "throughput [tokens/s/rank]", folder / "throughput.png"))
-        unit, name = (GIB, "GiB") if max(r.peak_device for r in good.values()) >= SMALL else (2**20, "MiB")
+        unit, name = memory_unit(max(result.peak_device for result in good.values()))
         peaks = {arm: result.peak_device / unit for arm, result in good.items()}
-        label = f"peak device memory, measured [{name}]"
+        label = f"peak device memory, {MEASURED} [{name}]"
         paths.append(_over_context(peaks, results, label, folder / "memory.png"))
-    predicted = {arm: result for arm, result in results.items() if result.predicted}
-    if predicted:
-        paths.append(_by_category(predicted, folder / "memory_by_category.png"))
+        paths.append(_by_category(good, folder / "memory_by_category.png"))
     return paths
 
 
@@ -44,14 +42,14 @@ def _over_context(values: Mapping[Arm, float], results: Mapping[Arm, ArmResult],
     for index, name in enumerate(names):
         arms = sorted((arm for arm in results if arm.name == name), key=lambda arm: arm.seq_len)
         points = [(arm.seq_len, values[arm]) for arm in arms if arm in values]
-        style = {"color": COLOURS[arms[0].method], "marker": MARKERS[index % len(MARKERS)]}
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+        colour, marker = COLOURS[arms[0].method], MARKERS[index % len(MARKERS)]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, color=colour, marker=marker)
         for arm in arms:
             if arm not in values:  # stands at the foot of the plot, in its method's colour
                 text = f"{name}: {results[arm].status}"
                 place = (arm.seq_len, 0.02 + 0.05 * index)
                 across = axes.get_xaxis_transform()
-                axes.text(*place, text, color=style["color"], transform=across, ha="center", fontsize=8)
+                axes.text(*place, text, color=colour, transform=across, ha="center", fontsize=8)
     _context_axis(axes, {arm.seq_len for arm in results})
     _value_axis(axes, values.values())
     axes.set_ylabel(label)
@@ -82,24 +80,27 @@ def _value_axis(axes: Axes, values: Iterable[float]) -> None:
 
 
 def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
-    """Stacked bars of the prediction, with the measured peak as a mark in the method's colour."""
-    categories = list(dict.fromkeys(name for result in results.values() for name in result.predicted))
+    """Stacked bars of the measured peaks and, where there is a prediction, beside them of the predicted ones."""
     arms = sorted(results, key=lambda arm: (arm.seq_len, arm.name))
-    shades = colormaps["Greys"].resampled(len(categories) + 2)
-    figure = Figure(figsize=(max(6.4, 1.1 * len(arms)), 4.8), layout="constrained")
-    axes = figure.subplots()
-    foot = [0.0] * len(arms)
-    for index, category in enumerate(categories):
-        heights = [results[arm].predicted.get(category, 0) / GIB for arm in arms]
-        axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index + 1), edgecolor="black", label=category)
-        foot = [below + height for below, height in zip(foot, heights, strict=True)]
-    for place, arm in enumerate(arms):
-        if results[arm].peak_device:
-            axes.hlines(
-                results[arm].peak_device / GIB, place - 0.45, place + 0.45, color=COLOURS[arm.method], linewidth=3
-            )
-    axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
-    axes.set_ylabel("predicted memory of a rank [GiB]\ncoloured line: measured peak")
-    axes.legend(fontsize=8)
+    stacks = {MEASURED: {arm: results[arm].measured for arm in arms}}
+    if any(result.predicted for result in results.values()):
+        stacks[PREDICTED] = {arm: results[arm].predicted for arm in arms}
+    figure = Figure(figsize=(2 + 1.1 * len(arms) * len(stacks), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(stacks), sharey=True, squeeze=False)[0]
+    unit, name = memory_unit(max(result.peak_device for result in results.values()))
+    for axes, (source, parts) in zip(panels, stacks.items(), strict=True):
+        categories = list(dict.fromkeys(category for by_category in parts.values() for category in by_category))
+        shades = colormaps["Greys"].resampled(len(categories) + 2)
+        foot = [0.0] * len(arms)
+        for index, category in enumerate(categories):
+            heights = [parts[arm].get(category, 0) / unit for arm in arms]
+            axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index + 1), edgecolor="black", label=category)
+            foot = [below + height for below, height in zip(foot, heights, strict=True)]
+        axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
+        for tick, arm in zip(axes.get_xticklabels(), arms, strict=True):
+            tick.set_color(COLOURS[arm.method])
+        axes.set_title(f"peak device memory, {source}")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    panels[0].set_ylabel(f"device memory of a rank [{name}]")
     figure.savefig(path, dpi=150)
     return path

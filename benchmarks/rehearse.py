@@ -24,7 +24,6 @@ from typing import Any
 from benchmarks.measured import MeasuredTrainer  # first: it makes the CPU a device of TorchTitan
 
 # isort: split
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.config import JobConfig

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.arms import Arm
 
 RESULTS = "results.jsonl"
+STEP = "gradients, activations, exchanges"  # what of a measured peak is not parameters or optimizer state
 GIB = 2**30
 
 Record = dict[str, Any]
@@ -81,6 +82,7 @@ class ArmResult:
         status: ``"ok"`` if any run was, else the first run's: ``"OOM"``, ``"killed"`` or ``"failed"``.
         tokens_per_second: per rank, the median of the runs.
         peak_device, peak_host: bytes, the largest of the runs.
+        held: bytes of ``peak_device`` that outlive a step, by category.
         predicted: bytes by category; empty without a prediction.
     """
 
@@ -91,12 +93,18 @@ class ArmResult:
     tokens_per_second: float = 0.0
     peak_device: int = 0
     peak_host: int = 0
+    held: dict[str, int] = field(default_factory=dict)
     predicted: dict[str, int] = field(default_factory=dict)
 
     @property
     def predicted_device(self) -> int:
         """Predicted peak of device memory in bytes; 0 without a prediction."""
         return sum(self.predicted.values())
+
+    @property
+    def measured(self) -> dict[str, int]:
+        """The measured peak in bytes by category: what outlives a step, and all that a step itself needs."""
+        return {**self.held, STEP: self.peak_device - sum(self.held.values())}
 
 
 def summarise(records: Iterable[Record]) -> dict[Arm, ArmResult]:
@@ -112,12 +120,14 @@ def _join(arm: Arm, runs: list[Record]) -> ArmResult:
     good = [run for run in runs if run["status"] == "ok"]
     if not good:
         return ArmResult(arm, runs[0]["status"], len(runs), runs[0]["reason"], predicted=predicted)
+    largest = max(good, key=lambda run: run["peak_device_bytes"])
     return ArmResult(
         arm,
         "ok",
         len(good),
         tokens_per_second=statistics.median(run["tokens_per_second_per_rank"] for run in good),
-        peak_device=max(run["peak_device_bytes"] for run in good),
+        peak_device=largest["peak_device_bytes"],
+        held=largest["held_bytes"],
         peak_host=max(run["peak_host_bytes"] for run in good),
         predicted=predicted,
     )

@@ -1,13 +1,14 @@
-"""Markdown tables. Every cell with a figure says where it is from: measured, predicted or published."""
+"""Markdown tables. Every cell with a figure says where it is from: measured, predicted, published or extrapolated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks.arms import Arm, spell_length
 from benchmarks.results import GIB, ArmResult
 
 MEASURED, PREDICTED, PUBLISHED, EXTRAPOLATED = "measured", "predicted", "published", "extrapolated"
+NO_PREDICTION = "no prediction"
 SMALL = GIB // 16  # below it MiB are easier to read
 
 
@@ -18,14 +19,43 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def over_context(names: Iterable[str], lengths: Sequence[int], cell: Callable[[str, int], str]) -> str:
+    """A table of methods x contexts."""
+    header = ["method", *(spell_length(length) for length in lengths)]
+    return markdown(header, [[name, *(cell(name, length) for length in lengths)] for name in names])
+
+
+def memory_unit(count: float) -> tuple[int, str]:
+    """The unit in which ``count`` bytes are easy to read, in bytes, and its name."""
+    return (GIB, "GiB") if count >= SMALL else (2**20, "MiB")
+
+
 def spell_bytes(count: float) -> str:
     """``"12.34 GiB"``, or MiB below a sixteenth of one."""
-    return f"{count / GIB:.2f} GiB" if count >= SMALL else f"{count / 2**20:.1f} MiB"
+    unit, name = memory_unit(count)
+    return f"{count / unit:.{2 if unit == GIB else 1}f} {name}"
 
 
 def spell_rate(rate: float) -> str:
     """Tokens per second with four digits or more."""
     return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
+
+
+def spell_prediction(predicted: int, measured: int = 0) -> str:
+    """Predicted bytes, with their deviation from the measured ones where there are such."""
+    if not predicted:
+        return NO_PREDICTION
+    deviation = f" ({predicted / measured - 1:+.0%})" if measured else ""
+    return f"{spell_bytes(predicted)} {PREDICTED}{deviation}"
+
+
+def spell_outcome(result: ArmResult | None, figure: str) -> str:
+    """``figure``, which was measured, or why there is none."""
+    if result is None:
+        return f"not {MEASURED}"
+    if result.status == "ok":
+        return f"{figure} {MEASURED}"
+    return f"OOM {MEASURED}" if result.status == "OOM" else result.status
 
 
 def arm_names(arms: Iterable[Arm]) -> list[str]:
@@ -36,69 +66,42 @@ def arm_names(arms: Iterable[Arm]) -> list[str]:
 def sweep_tables(results: Mapping[Arm, ArmResult]) -> str:
     """Throughput and peak memory, methods x contexts, and the reasons of what is missing."""
     names, lengths = arm_names(results), sorted({arm.seq_len for arm in results})
-    cells = {(arm.name, arm.seq_len): result for arm, result in results.items()}
-    header = ["method", *(spell_length(length) for length in lengths)]
+    by_place = {(arm.name, arm.seq_len): result for arm, result in results.items()}
 
-    def rows(cell: str) -> list[list[str]]:
-        spell = {"throughput": _throughput, "memory": _memory}[cell]
-        first = names[0]
-        return [
-            [name, *(spell(cells.get((name, length)), cells.get((first, length))) for length in lengths)]
-            for name in names
-        ]
+    def ratio(name: str, length: int, figure: Callable[[ArmResult], float]) -> str:
+        own, first = by_place.get((name, length)), by_place.get((names[0], length))
+        if own is None or first is None or own.status != "ok" or first.status != "ok":
+            return ""
+        return f" ({figure(own) / figure(first):.2f}x)"
 
-    parts = [
-        f"Tokens/s/rank, {MEASURED}; in brackets the ratio to {names[0]}.\n\n{markdown(header, rows('throughput'))}",
-        "Peak device memory of the rank that needs most; in brackets the ratio to "
-        f"{names[0]}.\n\n{markdown(header, rows('memory'))}",
-    ]
-    missing = [
-        f"- {arm.name}, {spell_length(arm.seq_len)}: {result.status}: {result.reason}\n"
-        for arm, result in results.items()
-        if result.status != "ok"
-    ]
-    if missing:
-        parts.append("Not measured:\n\n" + "".join(missing))
-    return "\n".join(parts)
+    def throughput(name: str, length: int) -> str:
+        own = by_place.get((name, length))
+        figure = spell_rate(own.tokens_per_second) if own else ""
+        return spell_outcome(own, figure) + ratio(name, length, lambda result: result.tokens_per_second)
 
+    def memory(name: str, length: int) -> str:
+        own = by_place.get((name, length))
+        figure = spell_outcome(own, spell_bytes(own.peak_device) if own else "")
+        predicted = spell_prediction(own.predicted_device, own.peak_device) if own else NO_PREDICTION
+        return f"{figure}{ratio(name, length, lambda result: result.peak_device)}, {predicted}"
 
-def _throughput(result: ArmResult | None, first: ArmResult | None) -> str:
-    if result is None or result.status != "ok":
-        return _absent(result)
-    ratio = f" ({result.tokens_per_second / first.tokens_per_second:.2f}x)" if first and first.status == "ok" else ""
-    return spell_rate(result.tokens_per_second) + ratio
-
-
-def _memory(result: ArmResult | None, first: ArmResult | None) -> str:
-    figures = []
-    if result is None or result.status != "ok":
-        figures.append(_absent(result))
-    else:
-        ratio = f" ({result.peak_device / first.peak_device:.2f}x)" if first and first.status == "ok" else ""
-        figures.append(f"{spell_bytes(result.peak_device)} {MEASURED}{ratio}")
-    if result is not None and result.predicted_device:
-        figures.append(f"{spell_bytes(result.predicted_device)} {PREDICTED}")
-    return ", ".join(figures)
-
-
-def _absent(result: ArmResult | None) -> str:
-    return "not run" if result is None else f"{result.status} {MEASURED}" if result.status == "OOM" else result.status
+    page = f"Tokens/s/rank; in brackets the ratio to {names[0]}.\n\n{over_context(names, lengths, throughput)}\n"
+    page += f"Peak device memory of the rank that needs most; in brackets the ratio to {names[0]}.\n\n"
+    page += over_context(names, lengths, memory)
+    missing = [f"- {arm.name}, {spell_length(arm.seq_len)}: {r.reason}\n" for arm, r in results.items() if r.reason]
+    return page + ("\nWhat went wrong:\n\n" + "".join(missing) if missing else "")
 
 
 def provenance(records: Sequence[Mapping[str, object]]) -> str:
     """One line a distinct origin: hardware, versions and commit of the records."""
-    lines = {}
-    for record in records:
-        if "hardware" in record:
-            lines.setdefault(_origin(record), None)
+    lines = {_origin(record): None for record in records if "hardware" in record}
     return "".join(f"- {line}\n" for line in lines)
 
 
 def _origin(record: Mapping[str, object]) -> str:
     hardware, versions = record["hardware"], record["versions"]
-    assert isinstance(hardware, Mapping) and isinstance(versions, Mapping)
-    where = (
-        f"{record.get('ranks', '?')} ranks, {hardware['device']} ({hardware['processor']}, {hardware['cores']} cores)"
-    )
+    assert isinstance(hardware, Mapping)
+    assert isinstance(versions, Mapping)
+    where = f"{record['ranks']} ranks, {hardware['device']} ({hardware['processor']}, {hardware['cores']} cores)"
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     return f"{where}; {software}; commit {record['commit']}"
