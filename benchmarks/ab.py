@@ -123,16 +123,17 @@ def run_sweep(sweep: Sweep, predict: Predict = predict) -> list[Record]:
     with results.writing() if node_rank() == 0 else nullcontext(), Progress(*columns, console=console) as progress:
         missing = [run for run in sweep.runs if run.key not in done]
         task = progress.add_task("", total=len(missing))
-        for run in missing:
+        started = time.monotonic()
+        for number, run in enumerate(missing, start=1):
             progress.update(task, description=f"{run.arm.name}, {run.arm.seq_len} tokens, round {run.round + 1}")
             record = {"run": run.key, "job": fingerprint, **execute(sweep, run, predict)}
             done[run.key] = record
             if node_rank() == 0:  # of several nodes, the first keeps the results
                 results.append(record)
             progress.advance(task)
-            left = progress.tasks[task].time_remaining
-            remaining = "" if left is None else f"; about {left / 60:.0f} min left"
-            console.print(f"{run.key}: {_outcome(record)}{remaining}", highlight=False)
+            left = len(missing) - number
+            remaining = f"; {left} to go, about {left * (time.monotonic() - started) / number / 60:.0f} min left"
+            console.print(f"{run.key}: {_outcome(record)}{remaining if left else ''}", highlight=False, soft_wrap=True)
     return [done[run.key] for run in sweep.runs]
 
 

@@ -81,7 +81,7 @@ def _value_axis(axes: Axes, values: Iterable[float]) -> None:
 
 def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
     """Stacked bars of the measured peaks and, where there is a prediction, beside them of the predicted ones."""
-    arms = sorted(results, key=lambda arm: (arm.seq_len, arm.name))
+    arms = sorted(results, key=lambda arm: arm.seq_len)
     stacks = {MEASURED: {arm: results[arm].measured for arm in arms}}
     if any(result.predicted for result in results.values()):
         stacks[PREDICTED] = {arm: results[arm].predicted for arm in arms}
@@ -90,11 +90,11 @@ def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
     unit, name = memory_unit(max(result.peak_device for result in results.values()))
     for axes, (source, parts) in zip(panels, stacks.items(), strict=True):
         categories = list(dict.fromkeys(category for by_category in parts.values() for category in by_category))
-        shades = colormaps["Greys"].resampled(len(categories) + 2)
+        shades = colormaps["cividis"].resampled(len(categories))
         foot = [0.0] * len(arms)
         for index, category in enumerate(categories):
             heights = [parts[arm].get(category, 0) / unit for arm in arms]
-            axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index + 1), edgecolor="black", label=category)
+            axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index), edgecolor="black", label=category)
             foot = [below + height for below, height in zip(foot, heights, strict=True)]
         axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
         for tick, arm in zip(axes.get_xticklabels(), arms, strict=True):

@@ -123,9 +123,8 @@ def _predict_published(figure: Published, predict: Callable[[JobConfig], Predict
     path = ROOT / "train_configs" / f"{JOB_FILES[figure.model]}_{spell_length(figure.seq_len).lower()}.toml"
     if figure.method not in OUR_METHODS.values() or not path.exists():
         return None
-    job = ["--job.config_file", str(path)]
-    chunk = load_config(job).context_parallel.head_chunk if figure.method == "upipe" else 0
-    return predict(load_config([*job, *Arm(figure.method, chunk, figure.seq_len).overrides]))
+    overrides = [] if figure.method == "upipe" else Arm(figure.method, 0, figure.seq_len).overrides
+    return predict(load_config(["--job.config_file", str(path), *overrides]))
 
 
 def page(section: Section) -> str:

@@ -9,7 +9,6 @@ from benchmarks.results import GIB, ArmResult
 
 MEASURED, PREDICTED, PUBLISHED, EXTRAPOLATED = "measured", "predicted", "published", "extrapolated"
 NO_PREDICTION = "no prediction"
-SMALL = GIB // 16  # below it MiB are easier to read
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -27,11 +26,11 @@ def over_context(names: Iterable[str], lengths: Sequence[int], cell: Callable[[s
 
 def memory_unit(count: float) -> tuple[int, str]:
     """The unit in which ``count`` bytes are easy to read, in bytes, and its name."""
-    return (GIB, "GiB") if count >= SMALL else (2**20, "MiB")
+    return (GIB, "GiB") if count >= GIB else (2**20, "MiB")
 
 
 def spell_bytes(count: float) -> str:
-    """``"12.34 GiB"``, or MiB below a sixteenth of one."""
+    """``"12.34 GiB"``, or MiB below one."""
     unit, name = memory_unit(count)
     return f"{count / unit:.{2 if unit == GIB else 1}f} {name}"
 

@@ -1,0 +1,131 @@
+"""Meters of a real run, and the rehearsal of one rank without the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchtitan_upipe.train import SPECS, read_job  # first: it makes the CPU a device of TorchTitan
+
+# isort: split
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import measured, peak, rehearse
+from benchmarks.local_group import join_alone
+from tests.jobs import job_args
+from tests.ranks import run_ranks
+from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
+
+MIB = 2**20
+
+
+def measure(args: list[str], warmup: int, steps: int) -> list[measured.RankMeasurement]:
+    return measured.run(read_job(args), warmup, steps)
+
+
+def test_all_to_all_bytes_of_a_step(tmp_path: Path) -> None:
+    """Without checkpointing a layer sends q, k, v, o forward and their gradients backward."""
+    args = job_args(tmp_path, 2, context_parallel__method="ulysses", training__seq_len=256)
+    rank, _ = run_ranks(measure, 2, args, 0, 1, init=False)[0]
+    model = SPECS["llama3_upipe"]().model_args["debug_kv2"]
+    head_bytes = 128 * (model.dim // model.n_heads) * 4  # N = 128, float32
+    layer = 2 * (2 * model.n_heads + 2 * model.n_kv_heads) * head_bytes // 2  # half of it to the other rank
+    assert rank.sent["all_to_all"].bytes == model.n_layers * layer
+    assert rank.sent["all_to_all"].calls == model.n_layers * 8
+
+
+def test_the_cpu_meter_sees_what_is_live() -> None:
+    before = torch.empty(3 * MIB, dtype=torch.uint8)
+    meter = peak.CpuMeter(lambda: 1000)
+    with meter.watch():
+        a = torch.empty(MIB, dtype=torch.uint8)
+        meter.mark("one")
+        b = torch.empty(2 * MIB, dtype=torch.uint8)
+        meter.mark("three")
+        b.untyped_storage().resize_(0)
+        del before
+        c = torch.empty(MIB, dtype=torch.uint8)
+        meter.mark("two")
+    assert meter.marks == [("one", 1000 + MIB), ("three", 1000 + 3 * MIB), ("two", 1000 + 2 * MIB)]
+    assert meter.peak == 1000 + 3 * MIB
+    assert peak.storage_bytes([a, a[5:], c]) == 2 * MIB
+
+
+def collectives() -> dict[str, Any]:
+    join_alone(1, 4)
+    shard = torch.arange(3.0)
+    gathered, summed = torch.empty(12), torch.empty(3)
+    dist.all_gather_into_tensor(gathered, shard)
+    dist.reduce_scatter_tensor(summed, torch.arange(12.0))
+    objects: list[Any] = [None] * 4
+    dist.all_gather_object(objects, "x")
+    exchange, ring = HeadExchange(dist.group.WORLD), RingExchange(dist.group.WORLD)
+    pieces = [torch.full((1, 6, count, 2), float(count)) for count in (2, 1, 1, 0)]  # heads per rank
+    heads = exchange.to_heads(pieces)
+    ring.start([shard, shard + 1])
+    return {
+        "gathered": gathered.tolist(),
+        "summed": summed.tolist(),
+        "objects": objects,
+        "heads": heads.shape,
+        "finite": bool(heads.isfinite().all()),
+        "back": [tuple(piece.shape) for piece in exchange.to_sequence(heads, (2, 1, 1, 0))],
+        "ring": [t.tolist() for t in ring.finish()],
+        "norm": dist.get_rank(),
+    }
+
+
+def test_collectives_of_one_rank_alone() -> None:
+    result = run_ranks(collectives, 1, init=False)[0]
+    assert result["gathered"] == [0, 1, 2] * 4
+    assert result["summed"] == [3, 4, 5]
+    assert result["objects"] == ["x"] * 4
+    assert result["heads"] == (1, 24, 1, 2)
+    assert result["finite"]
+    assert result["back"] == [(1, 6, 2, 2), (1, 6, 1, 2), (1, 6, 1, 2), (1, 6, 0, 2)]
+    assert result["ring"] == [[0, 1, 2], [1, 2, 3]]
+    assert result["norm"] == 1
+
+
+def rehearsal(args: list[str], world_size: int, layers: int) -> rehearse.Rehearsal:
+    return rehearse.rehearse(args, world_size - 1, world_size, layers, warmup=1, steps=1)
+
+
+@pytest.mark.parametrize("method, checkpointing", [("upipe", "full"), ("ring", "none")])
+def test_a_rehearsal_needs_what_the_real_rank_needs(method: str, checkpointing: str, tmp_path: Path) -> None:
+    """Two of four layers alone, extrapolated, against the real job on two ranks."""
+    options: dict[str, Any] = {
+        "model__flavor": "debug",
+        "training__seq_len": 512,
+        "context_parallel__method": method,
+        "activation_checkpoint__mode": checkpointing,
+    }
+    args = job_args(tmp_path, 2, **options)
+    real = run_ranks(measure, 2, args, 0, 1, init=False)[0]
+    few = run_ranks(rehearsal, 1, args, 2, 2, init=False)[0]
+    assert few.full_layers == 4
+    assert (few.kept > few.gradients) == (checkpointing == "none")  # both ways to a peak
+    assert few.full_peak_device == pytest.approx(real[1].peak_device, rel=0.05)
+    assert few.peak_device < 0.9 * real[1].peak_device  # without the extrapolation it would not agree
+    layers = few.forward_seconds + few.backward_seconds
+    assert 0 < 2 * layers < few.step_seconds
+    assert few.full_step_seconds == pytest.approx(few.step_seconds + 2 * layers)
+
+    rows = rehearse.page(few, "x").splitlines()[2:5]
+    assert [[cell.split()[-1] for cell in row.strip("| ").split(" | ")[1:]] for row in rows] == [
+        ["measured", "extrapolated"]
+    ] * 3
+
+
+def test_refused_rehearsals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    args = job_args(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"--rank 2 must be at least 0 and below --world-size 2"):
+        rehearse.rehearse(args, 2, 2, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"--layers 3 must be at least 2, .* the 2 of llama3_upipe debug_kv2"):
+        rehearse.rehearse(args, 0, 2, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"= 2 x .* do not make the world of 3 ranks"):
+        rehearse.rehearse(args, 0, 3, 2, 1, 1)
