@@ -88,11 +88,13 @@ def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
     figure = Figure(figsize=(2 + 1.1 * len(arms) * len(stacks), 5.2), layout="constrained")
     panels = figure.subplots(1, len(stacks), sharey=True, squeeze=False)[0]
     unit, name = memory_unit(max(result.peak_device for result in results.values()))
+    categories = list(dict.fromkeys(name for parts in stacks.values() for stack in parts.values() for name in stack))
+    shades = colormaps["cividis"].resampled(len(categories))
     for axes, (source, parts) in zip(panels, stacks.items(), strict=True):
-        categories = list(dict.fromkeys(category for by_category in parts.values() for category in by_category))
-        shades = colormaps["cividis"].resampled(len(categories))
         foot = [0.0] * len(arms)
         for index, category in enumerate(categories):
+            if not any(category in stack for stack in parts.values()):
+                continue
             heights = [parts[arm].get(category, 0) / unit for arm in arms]
             axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index), edgecolor="black", label=category)
             foot = [below + height for below, height in zip(foot, heights, strict=True)]
