@@ -47,7 +47,15 @@ def job_args(folder: Path, world_size: int, *flags: str, **options: object) -> l
         "job.dump_folder": folder,
         **named,
     }
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + list(flags)
+    words: list[str] = []
+    for name, value in settings.items():
+        section, _, last = name.rpartition(".")
+        words += (
+            ([f"--{name}"] if value else [f"--{section}.no-{last}"])
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
+    return words + list(flags)
 
 
 def train(folder: Path, world_size: int, *flags: str, timeout: float = 240, **options: object) -> Log:

@@ -6,7 +6,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,7 +15,20 @@ import torch.distributed as dist
 from tests.jobs import from_seed, seed_checkpoint, train
 from tests.ranks import run_ranks
 from tests.reference import Case, Shape, relative_error, run_layer
-from tests.test_layer import SHAPES, Variant, build, gather, layer_rank, traffic_rank, variants
+from tests.test_head_schedule import MODELS, imbalance
+from tests.test_layer import (
+    BFLOAT16,
+    SHAPES,
+    Variant,
+    bfloat16_ratio,
+    build,
+    gather,
+    layer_rank,
+    packed,
+    traffic_rank,
+    variants,
+)
+from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.memory.live_bytes import LiveBytes
 
@@ -31,32 +44,26 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def layer_errors() -> str:
-    """Worst error over outputs and gradients, methods and head chunks."""
+    """Worst error over outputs and gradients, methods, head chunks and splits; causal and packed."""
     rows = []
-    for name, shape in SHAPES.items():
+    for (name, whole), mask in product(SHAPES.items(), ("causal", "packed")):
+        shape = whole if mask == "causal" else packed(whole)
+        case = Case(shape).rounded(torch.float32)
+        truth, plain = run_layer(case, torch.float64), run_layer(case, torch.float32)
+        own = max(relative_error(plain[k], truth[k]) for k in truth)
         for degree in (1, 2, 4):
             which = variants(shape, degree)
-            case = Case(shape).rounded(torch.float32)
-            truth, plain = run_layer(case, torch.float64), run_layer(case, torch.float32)
             ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
             worst = max(relative_error(g[k], truth[k]) for g in _each(ranks, which) for k in truth)
-            own = max(relative_error(plain[k], truth[k]) for k in truth)
-
-            low = replace(shape, dim=128, head_dim=32, length=128)
-            case = Case(low).rounded(torch.bfloat16)
-            truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
-            ranks = run_ranks(layer_rank, degree, low, torch.bfloat16, which)
-            ratio = max(
-                relative_error(g[k], truth[k]) / relative_error(plain[k], truth[k])
-                for g in _each(ranks, which)
-                for k in truth
-            )
+            ratio = bfloat16_ratio(name, mask, degree) if name in BFLOAT16 else None
             heads = f"H={shape.heads} G={shape.kv_heads}" + (" q/k norm" if shape.norm else "")
-            rows.append((name, heads, degree, len(which), f"{worst:.1e}", f"{own:.1e}", f"{ratio:.2f}"))
+            shown = "-" if ratio is None else f"{ratio:.2f}"
+            rows.append((name, heads, mask, degree, len(which), f"{worst:.1e}", f"{own:.1e}", shown))
     return table(
         (
             "layer",
             "heads",
+            "mask",
             "C",
             "variants",
             "worst float32 error",
@@ -69,6 +76,15 @@ def layer_errors() -> str:
 
 def _each(ranks: list[list[dict[str, torch.Tensor]]], which: list[Variant]) -> list[dict[str, torch.Tensor]]:
     return [gather([r[i] for r in ranks], ring_degree=which[i][3]) for i in range(len(which))]
+
+
+def balance() -> str:
+    """Most loaded rank's attention work over the mean, worst and best head chunk."""
+    rows = []
+    for name, (heads, kv_heads, degree) in MODELS.items():
+        found = {imbalance(build_head_schedule(heads, kv_heads, degree, u), 2**16) - 1 for u in range(1, heads + 1)}
+        rows.append((name, f"H={heads} G={kv_heads}", degree, f"{min(found):.2%}", f"{max(found):.2%}"))
+    return table(("model", "heads", "C", "best head chunk", "worst head chunk"), rows)
 
 
 def losses() -> str:
@@ -141,10 +157,16 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 
 ## One layer against the unsharded float64 layer
 
-`||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses and UPipe with every legal
-head chunk, with and without stash, and every split of C into ulysses x ring degree. `tests/test_layer.py` asserts 1e-5
-and, for the layers gqa, kv2 and wide, a bf16 ratio of 1.2 (d = 32, D = 128).
+`||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses, UPipe (up to six head chunks,
+with and without stash), ring and hybrids (every split of C into ulysses x ring degree). Packed: documents of 1 to 23
+tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where a bf16 ratio is shown, 1.2 (d = 32,
+D = 128, S = 128; for "few" the root mean square over five draws, since a norm weight's gradient has 32 elements only).
 {layer_errors}
+## Balance of attention work
+
+The most loaded rank's visible (query, key) pairs over the mean rank's, minus one, at S = 65536, over all head chunks
+from 1 to H; counted over the schedule. `tests/test_head_schedule.py` asserts 5%.
+{balance}
 ## Ten training steps against one rank
 
 Relative differences of what the trainer logged, float32. `tests/test_train.py` asserts 1e-5 and 1e-4.
@@ -165,7 +187,7 @@ have workspaces of their own: these are not the figures of a bf16 run on GPUs.
 def main(path: Path) -> None:
     """Write the whole page."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    parts = (layer_errors, losses, traffic, memory)
+    parts = (layer_errors, balance, losses, traffic, memory)
     path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
 
 

@@ -21,15 +21,26 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"training__seq_len": 254}, r"training.seq_len = 254 must be a multiple .* = 4; nearest: 252 or 256"),
-        ({"training__seq_len": 2}, r"training.seq_len = 2 must be a multiple .* nearest: 4 or 8"),
+        ({"training__seq_len": 2}, r"training.seq_len = 2 leaves some of the 4 context-parallel ranks without a token"),
         (
-            {"training__seq_len": 252, "context_parallel__method": "ring"},
-            r"seq_len = 252 must be a multiple of 8, which .* = 4 and 2 x ring_degree = 8 divide; nearest: 248 or 256",
+            {"training__seq_len": 252, "context_parallel__method": "torchtitan"},
+            r"seq_len = 252 must be a multiple of 8 \(twice context_parallel_degree\) .* nearest: 248 or 256",
+        ),
+        (
+            {"context_parallel__method": "torchtitan"},
+            r"method = \"torchtitan\" works on CUDA only and this job runs on",
+        ),
+        (
+            {"context_parallel__method": "torchtitan", "context_parallel__ring_degree": 2},
+            r"ring_degree = 2 has no meaning for method = \"torchtitan\"",
+        ),
+        (
+            {"context_parallel__method": "torchtitan", "training__document_mask": True},
+            r"document_mask with TorchTitan's own context parallelism does not work",
         ),
         (
             {"context_parallel__method": "ring", "parallelism__context_parallel_load_balancer": "ptrr"},
-            r"'ptrr' permutes the sequence, but method = 'ring' with ring_degree = 4 shards it",
+            r"'ptrr' permutes the sequence, but method = 'ring' with ring_degree = 1 shards it",
         ),
         (
             {"context_parallel__method": "ring", "context_parallel__head_chunk": 4},
@@ -37,7 +48,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"training__steps": 0}, r"training.steps = 0 must be at least 1"),
         ({"training__local_batch_size": 2, "training__global_batch_size": 3}, r"= 3 must be a multiple of .*: 2 or 4"),
-        ({"context_parallel__head_chunk": 6}, r"head_chunk = 6 must be a multiple of ulysses_degree = 4.* 4 or 8"),
+        ({"context_parallel__head_chunk": 9}, r"head_chunk = 9 must be between 1 and 8, .*; nearest: 8"),
+        ({"context_parallel__head_chunk": -1}, r"head_chunk = -1 must be between 1 and 8, .*; nearest: 1"),
         (
             {"context_parallel__head_chunk": 4, "context_parallel__method": "ulysses"},
             r"head_chunk = 4 has no meaning for method = \"ulysses\"",
@@ -99,7 +111,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], r"\"async_with_pinned_mem\" works on CUDA only"),
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),
-        (["--validation.enable", "--validation.seq_len", "30"], r"validation.seq_len = 30 must be a multiple"),
+        (["--validation.enable", "--validation.seq_len", "3"], r"validation.seq_len = 3 leaves some of the 4"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),
         (["--job.custom_config_module", "torchtitan.config.job_config"], r"must be \"torchtitan_upipe.job_config\""),
     ],

@@ -51,10 +51,12 @@ def packed(shape: Shape) -> Shape:
 
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
-    """Every method, effective head chunk, stash and split of ``degree`` into ulysses x ring (all ring: pure ring)."""
+    """Every method, stash, split of ``degree`` into ulysses x ring (all ring: pure ring), and up to 6 head chunks."""
     which: list[Variant] = []
     for ring in [r for r in (1, 2, 4) if degree % r == 0]:
         chunks = sorted({round_head_chunk(shape.heads, degree // ring, u) for u in range(1, shape.heads + 1)})
+        if len(chunks) > 6:
+            chunks = chunks[:: len(chunks) // 3]  # 1, ..., H
         which.append(("ulysses", 0, "none", ring))
         which += [("upipe", u, s, ring) for u in chunks for s in ("none", "device")]
     return which
@@ -88,8 +90,8 @@ def my_tokens(shape: Shape, variant: Variant) -> Tensor:
     return shard_positions(shape.length, dist.get_rank(), world // ring, ring)
 
 
-def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant]) -> list[dict[str, Tensor]]:
-    case = Case(shape).rounded(dtype)
+def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant], seed: int = 0) -> list[dict[str, Tensor]]:
+    case = Case(shape, seed).rounded(dtype)
     return [run_method(case, build(shape, variant), my_tokens(shape, variant), dtype) for variant in which]
 
 
@@ -121,20 +123,37 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mas
         assert max(errors.values()) < 1e-5, (variant, errors)
 
 
+BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few")
+
+
 @pytest.mark.parametrize("mask", ["causal", "packed"])
 @pytest.mark.parametrize("degree", [1, 2, 4])
-@pytest.mark.parametrize("name", ["gqa", "kv2", "wide", "rest", "few"])
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int, mask: str) -> None:
+    assert bfloat16_ratio(name, mask, degree) < 1.2
+
+
+def bfloat16_ratio(name: str, mask: str, degree: int) -> float:
+    """The worst variant's error over the plain bfloat16 layer's own, of the output or of any gradient."""
     shape = replace(SHAPES[name], dim=128, head_dim=32, length=128)
     shape = shape if mask == "causal" else packed(shape)
-    case = Case(shape).rounded(torch.bfloat16)
-    truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
     which = variants(shape, degree)
-    ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which)
-    for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks], ring_degree=variant[3])
-        ratios = {key: relative_error(got[key], truth[key]) / relative_error(plain[key], truth[key]) for key in truth}
-        assert max(ratios.values()) < 1.2, (variant, ratios)
+    # a norm weight's gradient has 32 elements: one draw of its error says little, five say enough
+    squares = [bfloat16_square_errors(shape, degree, which, seed) for seed in range(5 if name == "few" else 1)]
+    return max(
+        (sum(s[i][key] for s in squares) / sum(s[-1][key] for s in squares)) ** 0.5
+        for i in range(len(which))
+        for key in squares[0][-1]
+    )
+
+
+def bfloat16_square_errors(shape: Shape, degree: int, which: list[Variant], seed: int) -> list[dict[str, float]]:
+    """Squared relative errors of each variant's output and gradients and, last, of the plain bfloat16 layer's."""
+    case = Case(shape, seed).rounded(torch.bfloat16)
+    truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
+    ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which, seed)
+    got = [gather([r[i] for r in ranks], ring_degree=variant[3]) for i, variant in enumerate(which)]
+    return [{key: relative_error(result[key], truth[key]) ** 2 for key in truth} for result in (*got, plain)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,13 +179,20 @@ def test_bfloat16_on_one_gpu(name: str) -> None:
             assert error < 1.2 * relative_error(plain[key].cpu(), truth[key]), (variant, key)
 
 
-def perturbed_rank(shape: Shape, variant: Variant, token: int) -> tuple[Tensor, Tensor]:
-    """Positions of this rank's tokens whose output changes when ``token`` of the input does, and all its positions."""
-    case, mine = Case(shape), my_tokens(shape, variant)
-    before = run_method(case, build(shape, variant), mine, torch.float32)["y"]
-    case.x[:, token] += 1
-    after = run_method(case, build(shape, variant), mine, torch.float32)["y"]
-    return mine[(before != after).any(dim=-1).any(dim=0)], mine
+def perturbed_rank(shape: Shape, variant: Variant, tokens: list[int]) -> list[Tensor]:
+    """For each of ``tokens``: which of this rank's tokens change their output when that token of the input does."""
+    mine = my_tokens(shape, variant)
+
+    def output(case: Case) -> Tensor:
+        return run_method(case, build(shape, variant), mine, torch.float32)["y"]
+
+    moved = []
+    for token in tokens:
+        case = Case(shape)
+        before = output(case)
+        case.x[:, token] += 1
+        moved.append(mine[(before != output(case)).any(dim=-1).any(dim=0)])
+    return moved
 
 
 PROBES: dict[str, Variant] = {
@@ -180,25 +206,22 @@ PROBES: dict[str, Variant] = {
 }
 
 
-@pytest.mark.parametrize("token", [0, 21, 63])
 @pytest.mark.parametrize("variant", PROBES.values(), ids=PROBES)
-def test_a_token_changes_itself_and_what_comes_after(variant: Variant, token: int) -> None:
+def test_a_token_changes_itself_and_what_comes_after(variant: Variant) -> None:
     """To the bit: every output before the changed token stays, every one from it on moves."""
-    shape = SHAPES["kv2"]
-    ranks = run_ranks(perturbed_rank, 4, shape, variant, token)
-    changed = sorted(torch.cat([moved for moved, _ in ranks]).tolist())
-    assert sorted(torch.cat([mine for _, mine in ranks]).tolist()) == list(range(shape.length))
-    assert changed == list(range(token, shape.length))
+    shape, tokens = SHAPES["kv2"], [0, 21, 63]
+    ranks = run_ranks(perturbed_rank, 4, shape, variant, tokens)
+    for token, *moved in zip(tokens, *ranks, strict=True):
+        assert sorted(torch.cat(moved).tolist()) == list(range(token, shape.length))
 
 
-@pytest.mark.parametrize("token", [0, 5, 21, 63])
 @pytest.mark.parametrize("variant", PROBES.values(), ids=PROBES)
-def test_a_token_changes_only_its_own_document(variant: Variant, token: int) -> None:
-    shape = packed(replace(SHAPES["kv2"], batch=1))
-    ranks = run_ranks(perturbed_rank, 4, shape, variant, token)
-    changed = sorted(torch.cat([moved for moved, _ in ranks]).tolist())
-    end = min([start for start in PACKED[0] if start > token], default=shape.length)
-    assert changed == list(range(token, end))
+def test_a_token_changes_only_its_own_document(variant: Variant) -> None:
+    shape, tokens = packed(replace(SHAPES["kv2"], batch=1)), [0, 5, 21, 63]
+    ranks = run_ranks(perturbed_rank, 4, shape, variant, tokens)
+    for token, *moved in zip(tokens, *ranks, strict=True):
+        end = min([start for start in PACKED[0] if start > token], default=shape.length)
+        assert sorted(torch.cat(moved).tolist()) == list(range(token, end))
 
 
 def test_errors_do_not_grow_with_the_ring() -> None:

@@ -7,10 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tests.jobs import ROOT, Log, from_seed, job_args, seed_checkpoint, train
 from tests.ranks import run_ranks
+from tests.reference import relative_error
 
 LLAMA = {"model__name": "llama3_upipe", "model__flavor": "debug_kv2"}  # H = 8, G = 2
 QWEN = {"model__name": "qwen3_upipe", "model__flavor": "debug"}  # H = 8, G = 4, H*d = 256, D = 192, q/k norm
@@ -25,6 +28,7 @@ def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
     }
 
 
+TOKENIZER = Tokenizer.from_file(str(ROOT / "torchtitan_upipe/assets/tokenizer/tokenizer.json"))
 ULYSSES = {"context_parallel__method": "ulysses"}
 RING = {"context_parallel__method": "ring"}
 HYBRID = {"context_parallel__ring_degree": 2}
@@ -50,22 +54,35 @@ def assert_same(log: Log, reference: Log, loss: float = 1e-5, grad_norm: float =
     assert log.grad_norm == pytest.approx(reference.grad_norm, rel=grad_norm)
 
 
-@pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("method", ["ulysses", "upipe", "upipe_one_stage", "ring", "hybrid_ulysses", "hybrid_upipe"])
+METHODS = {
+    "ulysses": ULYSSES,
+    "upipe": upipe(4),
+    "upipe_one_stage": upipe(0),
+    "upipe_teams": upipe(1),  # ranks share heads
+    "ring": RING,
+    "hybrid_ulysses": ULYSSES | HYBRID,
+    "hybrid_upipe": upipe(4) | HYBRID,
+}
+
+
+@pytest.mark.parametrize("method, degree", [*((m, 4) for m in METHODS), ("ulysses", 2), ("upipe", 2), ("ring", 2)])
 @pytest.mark.parametrize("model", MODELS)
 def test_logged_numbers_equal_one_rank(
     model: str, method: str, degree: int, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
 ) -> None:
-    options = {
-        "ulysses": ULYSSES,
-        "upipe": upipe(degree),
-        "upipe_one_stage": upipe(0),
-        "ring": RING,
-        "hybrid_ulysses": ULYSSES | HYBRID,
-        "hybrid_upipe": upipe(4) | HYBRID,
-    }[method]
-    log = train(tmp_path, degree, *from_seed(seeds[model]), **MODELS[model], **options)
+    log = train(tmp_path, degree, *from_seed(seeds[model]), **MODELS[model], **METHODS[method])
     assert_same(log, one_rank[model])
+
+
+@pytest.mark.parametrize("degree", [3, 4])
+def test_heads_that_the_ranks_do_not_divide(degree: int, tmp_path: Path) -> None:
+    """14 query and 2 KV heads, as Qwen2.5-7B's 28 and 4 on 6 or 8 ranks; 256 tokens on 3 ranks are padded."""
+    options = {"model__name": "llama3_upipe", "model__flavor": "debug_heads14", "training__steps": 6}
+    seed = seed_checkpoint(tmp_path / "seed", **options)
+    one = train(tmp_path / "one", 1, *from_seed(seed), **options, **ULYSSES)
+    for method in ("ulysses", "upipe"):
+        log = train(tmp_path / method, degree, *from_seed(seed), **options, **METHODS[method])
+        assert_same(log, one)
 
 
 def test_hybrid_beside_data_parallelism(
@@ -131,6 +148,74 @@ def test_selective_checkpointing_by_operation(
     assert_same(train(tmp_path, 2, *from_seed(seeds["qwen3"]), **QWEN, **options), one_rank["qwen3"])
 
 
+# --- packed documents -----------------------------------------------------------------------------------------------
+
+PACKED = {"training__document_mask": True, "training__seq_len": 250}  # padded to 252 or 256 tokens on 4 ranks
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Documents of 1 to 90 words, several in every sample."""
+    draw = random.Random(1)
+    file = tmp_path_factory.mktemp("short") / "documents.jsonl"
+    with file.open("w") as out:
+        for _ in range(400):
+            out.write(json.dumps({"text": " ".join(draw.choices("abcdefgh", k=draw.randint(1, 90)))}) + "\n")
+    return {"training__dataset": "local", "training__dataset_path": file}
+
+
+@pytest.fixture(scope="module")
+def packed_one_rank(
+    seeds: dict[str, Path], short_documents: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Log:
+    folder = tmp_path_factory.mktemp("packed")
+    return train(folder, 1, *from_seed(seeds["llama3"]), **LLAMA, **ULYSSES, **short_documents, **PACKED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_documents_equal_one_rank(
+    method: str, seeds: dict[str, Path], short_documents: dict[str, object], packed_one_rank: Log, tmp_path: Path
+) -> None:
+    options = LLAMA | METHODS[method] | short_documents | PACKED
+    assert_same(train(tmp_path, 4, *from_seed(seeds["llama3"]), **options), packed_one_rank)
+
+
+def test_the_document_mask_changes_the_loss(
+    seeds: dict[str, Path], short_documents: dict[str, object], packed_one_rank: Log, tmp_path: Path
+) -> None:
+    options = LLAMA | ULYSSES | short_documents | PACKED | {"training__document_mask": False}
+    log = train(tmp_path, 1, *from_seed(seeds["llama3"]), **options)
+    assert abs(log.loss[0] - packed_one_rank.loss[0]) > 1e-3
+
+
+def documents_rank(args: list[str], tokens: Tensor) -> list[Tensor]:
+    """Logits of packed ``tokens``, and of each document alone, by a model that knows no documents."""
+    from torchtitan_upipe.train import Trainer, read_job
+
+    trainer = Trainer(read_job(args))
+    model = trainer.model_parts[0]
+    batch = {"input": tokens.unsqueeze(0)}
+    inputs, _, extra, kwargs = trainer.post_dataloading_process(batch, tokens.unsqueeze(0).clone())
+    ends = (tokens == trainer.tokenizer.eos_id).nonzero().flatten() + 1
+    for block in model.layers.values():
+        block.attention.document_mask = False
+    with torch.no_grad():
+        packed = model(inputs, **extra, **kwargs)
+        alone = [model(part.unsqueeze(0)) for part in tokens.tensor_split(ends)]
+    trainer.close()
+    return [packed, torch.cat(alone, dim=1)]
+
+
+def test_packed_documents_have_the_logits_that_each_has_alone(tmp_path: Path) -> None:
+    tokens = torch.randint(10, 2000, (100,), generator=torch.Generator().manual_seed(0))
+    tokens[[16, 17, 60]] = TOKENIZER.token_to_id("<|end_of_text|>")
+    args = job_args(tmp_path, 1, **LLAMA, **upipe(2), **PACKED)
+    packed, alone = run_ranks(documents_rank, 1, args, tokens, init=False)[0]
+    assert relative_error(packed, alone) < 1e-5
+
+
+# --- data parallelism -----------------------------------------------------------------------------------------------
+
 SEQUENCE = 256
 
 
@@ -140,10 +225,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
     Data-parallel ranks take documents in turn, so two ranks together read what one rank reads in two micro-batches.
     """
-    tokenizer = Tokenizer.from_file(str(ROOT / "torchtitan_upipe/assets/tokenizer/tokenizer.json"))
     words = sorted(
         w.replace("\u0120", " ")
-        for w in tokenizer.get_vocab()
+        for w in TOKENIZER.get_vocab()
         if w[0] == "\u0120" and w[1:].isascii() and w[1:].isalpha()
     )
     draw = random.Random(0)
@@ -151,7 +235,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     with file.open("w") as out:
         for _ in range(32):
             text = "".join(draw.choices(words[:40], k=SEQUENCE - 1))
-            assert len(tokenizer.encode(text).ids) == SEQUENCE - 1
+            assert len(TOKENIZER.encode(text).ids) == SEQUENCE - 1
             out.write(json.dumps({"text": text}) + "\n")
     return {
         "training__dataset": "local",
@@ -310,7 +394,6 @@ def test_dry_run_with_a_fake_backend(tmp_path: Path) -> None:
 
 
 def stock_trainer_rank(args: list[str]) -> str:
-    import torch
     import torchtitan.train
 
     from torchtitan_upipe.train import read_job

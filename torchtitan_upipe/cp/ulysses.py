@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchtitan_upipe.cp.attention import SequenceAttention, differentiable_attention
 from torchtitan_upipe.cp.collectives import HeadExchange, differentiable_to_heads, differentiable_to_sequence
-from torchtitan_upipe.cp.head_schedule import HeadPlacement, Stage, build_head_schedule
+from torchtitan_upipe.cp.head_schedule import Stage, build_head_schedule
 from torchtitan_upipe.cp.shards import join_queries, select_heads, split_keys, split_queries
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
@@ -41,21 +41,20 @@ class Ulysses:
         k = transform(F.linear(x, weights.wk).unflatten(-1, (-1, head_dim)), weights.k_norm)  # [B, N, G, d]
         v = F.linear(x, weights.wv).unflatten(-1, (-1, head_dim))
 
-        outs = []
-        kv: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, stage in enumerate(self.schedule.stages):
-            # exchange: sequence shards to head shards
-            if any(stage.fetch.counts):
-                kv[index] = self._keys(k, stage.fetch), self._keys(v, stage.fetch)  # [B, S, G/C, d]
-            outs.append(self._attend(select_heads(q, stage.queries.distinct), kv, stage, head_dim, documents))
-
+        # exchange: sequence shards to head shards
+        keys, values = self._exchange_keys(k), self._exchange_keys(v)  # [B, S, G/C, d]
+        outs = [
+            self._attend(select_heads(q, stage.queries.distinct), keys, values, stage, head_dim, documents)
+            for stage in self.schedule.stages
+        ]
         o = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)  # [B, N, H, d]
         return F.linear(o.flatten(2), weights.wo)
 
     def _attend(
         self,
         q: Tensor,
-        kv: dict[int, tuple[Tensor, Tensor]],
+        keys: dict[int, Tensor],
+        values: dict[int, Tensor],
         stage: Stage,
         head_dim: int,
         documents: Documents | None,
@@ -73,8 +72,8 @@ class Ulysses:
             differentiable_attention(
                 self.attention,
                 q[:, :, slice(*call.queries)],
-                kv[call.block][0][:, :, slice(*call.keys)],
-                kv[call.block][1][:, :, slice(*call.keys)],
+                keys[call.block][:, :, slice(*call.keys)],
+                values[call.block][:, :, slice(*call.keys)],
                 **options,
             )
             for call in stage.calls[rank]
@@ -86,6 +85,18 @@ class Ulysses:
         pieces = differentiable_to_sequence(self.exchange, o, stage.queries.counts, from_shards, to_shard)
         return join_queries(pieces, stage.queries, rows, rank)  # [B, N, H, d]
 
-    def _keys(self, heads: Tensor, placement: HeadPlacement) -> Tensor:
-        pieces = split_keys(select_heads(heads, placement.distinct), placement)
-        return differentiable_to_heads(self.exchange, pieces, [heads.shape[1]] * self.exchange.size)
+    def _exchange_keys(self, heads: Tensor) -> dict[int, Tensor]:
+        """The KV heads ``[B, N, G, d]`` of this rank's tokens to each stage's blocks ``[B, S, g, d]`` on this rank.
+
+        A rank may be sent nothing for one of the stages. The blocks are joined and cut again so that autograd walks
+        back through every exchange on every rank.
+        """
+        rows = [heads.shape[1]] * self.exchange.size
+        fetches = {i: stage.fetch for i, stage in enumerate(self.schedule.stages) if any(stage.fetch.counts)}
+        blocks = [
+            differentiable_to_heads(self.exchange, split_keys(select_heads(heads, fetch.distinct), fetch), rows)
+            for fetch in fetches.values()
+        ]
+        if len(blocks) > 1:
+            blocks = list(torch.cat(blocks, dim=2).split([block.shape[2] for block in blocks], dim=2))
+        return dict(zip(fetches, blocks, strict=True))

@@ -16,6 +16,10 @@ LLAMA3_DEBUG = {
     "debug_kv2": TransformerModelArgs(
         dim=128, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=VOCAB_SIZE, rope_theta=500000
     ),
+    # a head count with a factor 7, as Qwen2.5-7B's 28
+    "debug_heads14": TransformerModelArgs(
+        dim=224, n_layers=2, n_heads=14, n_kv_heads=2, vocab_size=VOCAB_SIZE, rope_theta=500000
+    ),
 }
 
 QWEN3_DEBUG = {
