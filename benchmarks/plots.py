@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -82,27 +82,31 @@ def _value_axis(axes: Axes, values: Iterable[float]) -> None:
 def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
     """Stacked bars of the measured peaks and, where there is a prediction, beside them of the predicted ones."""
     arms = sorted(results, key=lambda arm: arm.seq_len)
-    stacks = {MEASURED: {arm: results[arm].measured for arm in arms}}
+    sources = {MEASURED: [results[arm].measured for arm in arms]}
     if any(result.predicted for result in results.values()):
-        stacks[PREDICTED] = {arm: results[arm].predicted for arm in arms}
-    figure = Figure(figsize=(2 + 1.1 * len(arms) * len(stacks), 5.2), layout="constrained")
-    panels = figure.subplots(1, len(stacks), sharey=True, squeeze=False)[0]
-    unit, name = memory_unit(max(result.peak_device for result in results.values()))
-    categories = list(dict.fromkeys(name for parts in stacks.values() for stack in parts.values() for name in stack))
-    shades = colormaps["cividis"].resampled(len(categories))
-    for axes, (source, parts) in zip(panels, stacks.items(), strict=True):
-        foot = [0.0] * len(arms)
-        for index, category in enumerate(categories):
-            if not any(category in stack for stack in parts.values()):
-                continue
-            heights = [parts[arm].get(category, 0) / unit for arm in arms]
-            axes.bar(range(len(arms)), heights, bottom=foot, color=shades(index), edgecolor="black", label=category)
-            foot = [below + height for below, height in zip(foot, heights, strict=True)]
+        sources[PREDICTED] = [results[arm].predicted for arm in arms]
+    unit, unit_name = memory_unit(max(result.peak_device for result in results.values()))
+    categories = list(dict.fromkeys(name for stacks in sources.values() for stack in stacks for name in stack))
+    figure = Figure(figsize=(2 + 1.1 * len(arms) * len(sources), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(sources), sharey=True, squeeze=False)[0]
+    for axes, (source, stacks) in zip(panels, sources.items(), strict=True):
+        _stack(axes, stacks, categories, unit)
         axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
         for tick, arm in zip(axes.get_xticklabels(), arms, strict=True):
             tick.set_color(COLOURS[arm.method])
         axes.set_title(f"peak device memory, {source}")
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    panels[0].set_ylabel(f"device memory of a rank [{name}]")
+    panels[0].set_ylabel(f"device memory of a rank [{unit_name}]")
     figure.savefig(path, dpi=150)
     return path
+
+
+def _stack(axes: Axes, stacks: Sequence[Mapping[str, int]], categories: Sequence[str], unit: int) -> None:
+    """One bar for each of ``stacks``; a category has one shade in all panels."""
+    shades = colormaps["cividis"].resampled(len(categories))
+    foot = [0.0] * len(stacks)
+    for index, category in enumerate(categories):
+        heights = [stack.get(category, 0) / unit for stack in stacks]
+        if any(heights):
+            axes.bar(range(len(stacks)), heights, bottom=foot, color=shades(index), edgecolor="black", label=category)
+        foot = [below + height for below, height in zip(foot, heights, strict=True)]
