@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.train import SPECS, validate_job  # first: it makes the CPU a device of TorchTitan
+from torchtitan_upipe.train import SPECS, read_job, validate_job  # first: it makes the CPU a device of TorchTitan
 
 # isort: split
 import pytest
@@ -80,6 +80,13 @@ def test_every_shipped_job_takes_every_method(path: Path) -> None:
                 setattr(cp, field, type(getattr(cp, field))(value))
         validate_job(config, model_args, arms.world_size(config), "cuda")
         assert cp.method == method
+
+
+def test_the_comparison_without_a_gpu_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = read_job(["--job.config_file", "benchmarks/cpu_ab.toml"])
+    assert arms.world_size(config) == 2
 
 
 # ---- the sweep, with jobs that a stand-in "runs"
