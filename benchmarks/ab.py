@@ -33,7 +33,7 @@ from benchmarks.arms import (
     check_overrides,
     launch_environment,
     node_rank,
-    parse_length,
+    parse_count,
     plan,
     torchrun,
     world_size,
@@ -94,8 +94,8 @@ def parse(arguments: Sequence[str]) -> Sweep:
         raise ValueError(f"--steps {options.steps} must be at least 1 and --warmup {options.warmup} at least 0.")
     runs = plan(
         _split(options.methods),
-        [int(chunk) for chunk in _split(options.head_chunks)],
-        [parse_length(length) for length in _split(options.seq_lens)],
+        [parse_count(chunk) for chunk in _split(options.head_chunks)],
+        [parse_count(length) for length in _split(options.seq_lens)],
         options.rounds,
         default_chunk=config.context_parallel.head_chunk,
     )

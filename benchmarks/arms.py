@@ -92,20 +92,20 @@ def plan(
     return [Run(arm, number) for number in range(rounds) for arm in arms]
 
 
-def parse_length(text: str) -> int:
-    """``"8k"`` is 8192 tokens, ``"1m"`` 1048576; plain numbers stand for themselves.
+def parse_count(text: str) -> int:
+    """``"8k"`` is 8192, ``"1m"`` 1048576; plain numbers stand for themselves.
 
     Raises:
         ValueError: not a positive number with an optional k or m.
     """
     match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
     if not match or not int(match[1]):
-        raise ValueError(f"{text!r} is not a sequence length; write 8192, 8k or 1m.")
+        raise ValueError(f"{text!r} is not a positive number; write 8192, 8k or 1m.")
     return int(match[1]) * UNITS.get(match[2], 1)
 
 
 def spell_length(tokens: int) -> str:
-    """The inverse of :func:`parse_length`: ``8192`` to ``"8K"``."""
+    """The inverse of :func:`parse_count`: ``8192`` to ``"8K"``."""
     for unit in ("m", "k"):
         if tokens % UNITS[unit] == 0:
             return f"{tokens // UNITS[unit]}{unit.upper()}"

@@ -212,17 +212,17 @@ def write_first(path: Path, result: dict[str, Any]) -> None:
     temporary.unlink()
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the job of the command line; return the exit code."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--warmup", type=int, required=True, help="steps that are not timed")
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
-    options, arguments = parser.parse_known_args()
+    options, job = parser.parse_known_args(arguments)
     init_logger()
     about = {"ranks": int(os.environ["WORLD_SIZE"]), **environment(device_type)}
     try:
-        config = read_job(arguments)
+        config = read_job(job)
         about["config"] = config.to_dict()
         ranks = run(config, options.warmup, options.steps)
     except ValueError as error:

@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=1, help="first steps, not timed (1)")
     parser.add_argument("--steps", type=int, default=1, help="timed steps (1)")
     parser.add_argument("--result", type=Path, help="JSON lines file to append to")
-    options, job = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    options, job = parser.parse_known_args(arguments)
     init_logger()
     try:
         result = rehearse(job, options.rank, options.world_size, options.layers, options.warmup, options.steps)

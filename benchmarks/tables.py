@@ -84,7 +84,8 @@ def sweep_tables(results: Mapping[Arm, ArmResult]) -> str:
         predicted = spell_prediction(own.predicted_device, own.peak_device) if own else NO_PREDICTION
         return f"{figure}{ratio(name, length, lambda result: result.peak_device)}, {predicted}"
 
-    page = f"Tokens/s/rank; in brackets the ratio to {names[0]}.\n\n{over_context(names, lengths, throughput)}\n"
+    page = "Tokens/s/rank, from each run's median step and the median run; in brackets the ratio to "
+    page += f"{names[0]}.\n\n{over_context(names, lengths, throughput)}\n"
     page += f"Peak device memory of the rank that needs most; in brackets the ratio to {names[0]}.\n\n"
     page += over_context(names, lengths, memory)
     missing = [f"- {arm.name}, {spell_length(arm.seq_len)}: {r.reason}\n" for arm, r in results.items() if r.reason]

@@ -44,16 +44,17 @@ def test_arms_are_interleaved_round_by_round() -> None:
 
 @pytest.mark.parametrize("text, tokens", [("8k", 8192), ("1m", 2**20), ("1000", 1000), (" 3M ", 3 * 2**20)])
 def test_lengths(text: str, tokens: int) -> None:
-    assert arms.parse_length(text) == tokens
-    assert arms.parse_length(arms.spell_length(tokens)) == tokens
+    assert arms.parse_count(text) == tokens
+    assert arms.parse_count(arms.spell_length(tokens)) == tokens
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ("--methods upipe --seq_lens 8x", "'8x' is not a sequence length"),
+        ("--methods upipe --seq_lens 8x", "'8x' is not a positive number"),
         ("--methods upipe,upipe --seq_lens 8k", "names one of them twice"),
         ("--methods ring --seq_lens 8k --head_chunks 4", "--head_chunks applies to"),
+        ("--methods upipe --seq_lens 8k --head_chunks 0", "'0' is not a positive number"),
         ("--methods , --seq_lens 8k", "at least one method"),
         ("--methods ring --seq_lens 8k --steps 0", "--steps 0 must be at least 1"),
         ("--methods ring --seq_lens 8k --training.seq-len 4", "--training.seq_len is set by the sweep"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,23 @@ def test_all_to_all_bytes_of_a_step(tmp_path: Path) -> None:
     layer = 2 * (2 * model.n_heads + 2 * model.n_kv_heads) * head_bytes // 2  # half of it to the other rank
     assert rank.sent["all_to_all"].bytes == model.n_layers * layer
     assert rank.sent["all_to_all"].calls == model.n_layers * 8
+
+
+def run_short_of_memory(args: list[str]) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 512 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with pytest.raises((RuntimeError, MemoryError)):
+        measured.main(args)
+
+
+def test_a_job_out_of_memory_says_so(tmp_path: Path) -> None:
+    args = job_args(tmp_path, 1, training__seq_len=1024, training__local_batch_size=64)
+    result = tmp_path / "result.json"
+    run_ranks(run_short_of_memory, 1, ["--result", str(result), "--warmup", "0", "--steps", "1", *args], init=False)
+    outcome = json.loads(result.read_text())
+    assert outcome["status"] == "OOM", outcome
+    assert outcome["config"]["training"]["local_batch_size"] == 64
 
 
 def test_the_cpu_meter_sees_what_is_live() -> None:
@@ -103,7 +122,12 @@ def test_a_rehearsal_needs_what_the_real_rank_needs(tmp_path: Path) -> None:
     """Two of four layers alone, extrapolated, against the real job, whose gloo threads hold buffers a while longer."""
     args = debug_job(tmp_path, "ring", "none")
     real = min(rank.peak_device for rank in run_ranks(measure, 2, args, 0, 1, init=False)[0])
-    few = run_ranks(rehearsal, 1, args, 2, 2, init=False)[0]
+    result = tmp_path / "rehearsal.jsonl"
+    command = ["--rank", "1", "--world-size", "2", "--layers", "2", "--result", str(result), *args]
+    assert run_ranks(rehearse.main, 1, command, init=False) == [0]
+    record = json.loads(result.read_text())
+    assert record["config"]["model"]["flavor"] == "debug"
+    few = rehearse.Rehearsal(**record["rehearsal"])
     assert few.kept > few.gradients  # what the layers keep decides the peak
     assert few.full_peak_device == pytest.approx(real, rel=0.1)
     assert few.peak_device < 0.8 * real  # without the extrapolation it would not agree
