@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,25 +26,31 @@ def plot_sweep(results: Mapping[Arm, ArmResult], folder: Path) -> list[Path]:
     paths = []
     good = {arm: result for arm, result in results.items() if result.status == "ok"}
     if good:
-        rates = {arm: result.tokens_per_second for arm, result in good.items()}
-        paths.append(_over_context(rates, results, "throughput [tokens/s/rank]", folder / "throughput.png"))
+        rates = {arm: result.rates for arm, result in good.items()}
+        label = "throughput [tokens/s/rank]\nmedian, least and most of the runs"
+        paths.append(_over_context(rates, results, label, folder / "throughput.png"))
         unit, name = memory_unit(max(result.peak_device for result in good.values()))
-        peaks = {arm: result.peak_device / unit for arm, result in good.items()}
+        peaks = {arm: (result.peak_device / unit,) for arm, result in good.items()}
         label = f"peak device memory, {MEASURED} [{name}]"
         paths.append(_over_context(peaks, results, label, folder / "memory.png"))
         paths.append(_by_category(good, folder / "memory_by_category.png"))
     return paths
 
 
-def _over_context(values: Mapping[Arm, float], results: Mapping[Arm, ArmResult], label: str, path: Path) -> Path:
+def _over_context(
+    values: Mapping[Arm, Sequence[float]], results: Mapping[Arm, ArmResult], label: str, path: Path
+) -> Path:
+    """Medians joined by a line for each name, with a bar from the least to the most of an arm's values."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     names = arm_names(results)
     for index, name in enumerate(names):
         arms = sorted((arm for arm in results if arm.name == name), key=lambda arm: arm.seq_len)
-        points = [(arm.seq_len, values[arm]) for arm in arms if arm in values]
+        shown = [arm for arm in arms if arm in values]
+        lengths, medians = [arm.seq_len for arm in shown], [statistics.median(values[arm]) for arm in shown]
         colour, marker = COLOURS[arms[0].method], MARKERS[index % len(MARKERS)]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, color=colour, marker=marker)
+        axes.plot(lengths, medians, label=name, color=colour, marker=marker)
+        axes.vlines(lengths, [min(values[arm]) for arm in shown], [max(values[arm]) for arm in shown], color=colour)
         for arm in arms:
             if arm not in values:  # stands at the foot of the plot, in its method's colour
                 text = f"{name}: {results[arm].status}"
@@ -51,7 +58,7 @@ def _over_context(values: Mapping[Arm, float], results: Mapping[Arm, ArmResult],
                 across = axes.get_xaxis_transform()
                 axes.text(*place, text, color=colour, transform=across, ha="center", fontsize=8)
     _context_axis(axes, {arm.seq_len for arm in results})
-    _value_axis(axes, values.values())
+    _value_axis(axes, [value for several in values.values() for value in several])
     axes.set_ylabel(label)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -159,7 +159,8 @@ def page(section: Section) -> str:
 
 def _measured_lines(results: Mapping[Arm, ArmResult], figure: Callable[[ArmResult], str]) -> list[str]:
     lines = [
-        spell_outcome(result, figure(result)) + (f", U={arm.head_chunk}" if arm.head_chunk else "")
+        spell_outcome(result, figure(result) if result.status == "ok" else "")
+        + (f", U={arm.head_chunk}" if arm.head_chunk else "")
         for arm, result in results.items()
     ]
     return lines or [spell_outcome(None, "")]

@@ -80,7 +80,7 @@ class ArmResult:
 
     Attributes:
         status: ``"ok"`` if any run was, else the first run's: ``"OOM"``, ``"killed"`` or ``"failed"``.
-        tokens_per_second: per rank, the median of the runs.
+        rates: tokens per second and rank of each run, from its median step.
         peak_device, peak_host: bytes, the largest of the runs.
         held: bytes of ``peak_device`` that outlive a step, by category.
         predicted: bytes by category; empty without a prediction.
@@ -90,11 +90,21 @@ class ArmResult:
     status: str
     runs: int
     reason: str = ""
-    tokens_per_second: float = 0.0
+    rates: tuple[float, ...] = ()
     peak_device: int = 0
     peak_host: int = 0
     held: dict[str, int] = field(default_factory=dict)
     predicted: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Per rank, of the median run."""
+        return statistics.median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        """How far apart the runs' rates are, relative to the median."""
+        return (max(self.rates) - min(self.rates)) / self.tokens_per_second
 
     @property
     def predicted_device(self) -> int:
@@ -125,7 +135,7 @@ def _join(arm: Arm, runs: list[Record]) -> ArmResult:
         arm,
         "ok",
         len(good),
-        tokens_per_second=statistics.median(run["tokens_per_second_per_rank"] for run in good),
+        rates=tuple(run["tokens_per_second_per_rank"] for run in good),
         peak_device=largest["peak_device_bytes"],
         held=largest["held_bytes"],
         peak_host=max(run["peak_host_bytes"] for run in good),

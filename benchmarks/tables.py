@@ -75,7 +75,7 @@ def sweep_tables(results: Mapping[Arm, ArmResult]) -> str:
 
     def throughput(name: str, length: int) -> str:
         own = by_place.get((name, length))
-        figure = spell_rate(own.tokens_per_second) if own else ""
+        figure = spell_rate(own.tokens_per_second) if own and own.rates else ""
         return spell_outcome(own, figure) + ratio(name, length, lambda result: result.tokens_per_second)
 
     def memory(name: str, length: int) -> str:
@@ -86,6 +86,9 @@ def sweep_tables(results: Mapping[Arm, ArmResult]) -> str:
 
     page = "Tokens/s/rank, from each run's median step and the median run; in brackets the ratio to "
     page += f"{names[0]}.\n\n{over_context(names, lengths, throughput)}\n"
+    apart = max((result.spread for result in results.values() if result.runs > 1 and result.rates), default=None)
+    if apart is not None:
+        page += f"Runs of the same arm were up to {apart:.0%} apart.\n\n"
     page += f"Peak device memory of the rank that needs most; in brackets the ratio to {names[0]}.\n\n"
     page += over_context(names, lengths, memory)
     missing = [f"- {arm.name}, {spell_length(arm.seq_len)}: {r.reason}\n" for arm, r in results.items() if r.reason]

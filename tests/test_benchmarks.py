@@ -271,6 +271,7 @@ def test_the_page_of_a_sweep(tmp_path: Path) -> None:
     assert "| ulysses | 1,000 measured (1.00x) | 250.5 measured (1.00x) |" in page
     assert "| ring | 100.0 MiB measured (1.00x), no prediction | OOM measured, no prediction |" in page
     assert "- ring, 4K: no memory left" in page
+    assert "Runs of the same arm were up to 0% apart." in page  # 1000 and 1001 tokens/s
     assert all(any(label in cell for label in LABELS) for cell in cells(page))
     assert "100.0 MiB measured (1.00x), 110.0 MiB predicted (+10%)" in publish(example(predicted=True), tmp_path)
 
