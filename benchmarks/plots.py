@@ -60,7 +60,7 @@ def _over_context(
     _context_axis(axes, {arm.seq_len for arm in results})
     _value_axis(axes, [value for several in values.values() for value in several])
     axes.set_ylabel(label)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=150)
     return path
 

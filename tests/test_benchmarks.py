@@ -213,8 +213,16 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert upipe["loss"] == pytest.approx(ring["loss"], rel=1e-5)
     assert len(upipe["loss"]) == 4  # warm-up, timed steps, the step watched for memory
     assert len(upipe["step_seconds"]) == 2
+    model = SPECS["llama3_upipe"]().model_args["debug_kv2"]
+    head = 128 * (model.dim // model.n_heads) * 4  # N = 128, float32
+    layer = (2 * model.n_heads + 2 * model.n_kv_heads) * head // 2  # q, k, v, o: half of each to the other rank
     assert set(upipe["sent_per_step"]) == {"all_to_all"}
-    assert ring["sent_per_step"]["ring"]["bytes"] > 0
+    assert upipe["sent_per_step"]["all_to_all"]["bytes"] == model.n_layers * 3 * layer  # forward, again, gradients
+    hops = 4  # k and v in forward and again in backward, their gradients twice
+    assert ring["sent_per_step"]["ring"] == {
+        "calls": model.n_layers * hops,
+        "bytes": model.n_layers * hops * 2 * model.n_kv_heads * head,
+    }
     assert upipe["config"]["context_parallel"]["method"] == "upipe"
     assert {"torch", "torchtitan"} <= set(upipe["versions"])
     assert upipe["ranks"] == 2
