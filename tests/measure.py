@@ -132,7 +132,7 @@ def memory_rank(variant: Variant) -> float:
     x = case.x[:, mine].float().requires_grad_()
     dy = case.dy[:, mine].float()
     weights = AttentionWeights(**{name: w.float().requires_grad_() for name, w in case.weights.items()})
-    transform = case.transform(torch.arange(shape.length)[mine], torch.float32)
+    transform = case.transform(shape.positions[:, mine])
     with LiveBytes() as meter:
         meter.ignore(x, dy, *(w for w in vars(weights).values() if w is not None))
         method(x, weights, transform, shape.head_dim).backward(dy)

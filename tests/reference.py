@@ -90,14 +90,12 @@ class Case:
         case.weights = {name: w.to(dtype).double() for name, w in case.weights.items()}
         return case
 
-    def transform(self, positions: Tensor, dtype: torch.dtype) -> NormThenRope:
+    def transform(self, positions: Tensor) -> NormThenRope:
         """Norm and RoPE of the given positions ``[B or 1, N]``."""
         frequencies = 10000.0 ** -(
             torch.arange(0, self.shape.head_dim, 2, device=positions.device).double() / self.shape.head_dim
         )
-        angles = (positions.double()[..., None] * frequencies).unsqueeze(2)  # [B or 1, N, 1, d/2]
-        wide = torch.promote_types(dtype, torch.float32)
-        return NormThenRope(Rope(angles.cos().to(wide), angles.sin().to(wide), self.shape.interleaved), EPS)
+        return NormThenRope(Rope(frequencies, positions, self.shape.interleaved), EPS)
 
 
 def _leaf(t: Tensor, dtype: torch.dtype, device: str) -> Tensor:
@@ -109,7 +107,7 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
     s = case.shape
     x = _leaf(case.x, dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
-    transform = case.transform(s.positions.to(device), dtype)
+    transform = case.transform(s.positions.to(device))
     q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
     k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
     v = F.linear(x, w["wv"]).unflatten(-1, (-1, s.head_dim))
@@ -133,7 +131,7 @@ def run_method(case: Case, method: object, mine: Tensor, dtype: torch.dtype, dev
     s = case.shape
     x = _leaf(case.x[:, mine], dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
-    transform = case.transform(s.positions[:, mine].to(device), dtype)
+    transform = case.transform(s.positions[:, mine].to(device))
     y = method(x, AttentionWeights(**w), transform, s.head_dim, s.documents)  # type: ignore[operator]
     y.backward(case.dy[:, mine].to(device, dtype))
     grads = {name: t.grad for name, t in w.items() if t.grad is not None}

@@ -46,6 +46,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__method": "ring", "context_parallel__head_chunk": 4},
             r"head_chunk = 4 has no meaning for method = \"ring\"",
         ),
+        ({"context_parallel__tile_size": -1}, r"tile_size = -1 must be a number of rows, or 0 for no tiling"),
         ({"training__steps": 0}, r"training.steps = 0 must be at least 1"),
         ({"training__local_batch_size": 2, "training__global_batch_size": 3}, r"= 3 must be a multiple of .*: 2 or 4"),
         ({"context_parallel__head_chunk": 9}, r"head_chunk = 9 must be between 1 and 8, .*; nearest: 8"),
@@ -89,8 +90,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__ring_degree": 2, "context_parallel__method": "ring"},
             r"method = \"ring\" leave it out",
         ),
-        ({"context_parallel__query_tiles": 2}, r"context_parallel.query_tiles: query tiles are not available yet"),
-        ({"activation_checkpoint__offload": "True"}, r"activation_checkpoint.offload: .* not available yet"),
+        ({"context_parallel__tile_size": -1}, r"context_parallel.tile_size = -1 must be a number of rows, or 0"),
+        ({"context_parallel__query_tiles": 0}, r"query_tiles = 0 must be between 1 and 64, .*; nearest: 1"),
+        (
+            {"context_parallel__query_tiles": 2, "context_parallel__method": "ring"},
+            r"query_tiles = 2 has no meaning for method = \"ring\"",
+        ),
+        ({"context_parallel__stash_budget_gib": 2}, r"stash_budget_gib = 2 limits host memory for stash = \"host\""),
     ],
 )
 def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> None:
@@ -102,6 +108,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "flags, sentence",
     [
+        (["--activation_checkpoint.offload"], r"mode = 'none' does not checkpoint every block; set .*mode = \"full\""),
         (["--compile.enable"], r"torch.compile does not work with llama3_upipe yet; set compile.enable = false"),
         (
             ["--training.enable_cpu_offload"],
@@ -133,7 +140,7 @@ def test_refused_flags(flags: list[str], sentence: str, tmp_path: Path) -> None:
             r"unknown field context_parallel.head_chunck; .*context_parallel.head_chunk\.$",
         ),
         ("[context_paralel]\nhead_chunk = 4", r"unknown field context_paralel; the nearest known one is context_par"),
-        ("[context_parallel]\ntile_size = 32768", r"tile_size: tiling of norm, MLP and loss is not available yet"),
+        ("[context_parallel]\ntile_size = 1.5", r"context_parallel.tile_size = 1.5 is not of type int"),
         ("context_parallel = 4", r"context_parallel is a section and cannot be set to 4"),
         ("[training]\nseq_len = 2048.5", r"training.seq_len = 2048.5 is not of type int"),
         ("[activation_checkpoint]\nmode = 'ful'", r"mode = 'ful' is not one of 'selective', 'full'"),
@@ -160,10 +167,12 @@ def test_sections_are_known_without_naming_the_module(tmp_path: Path, monkeypatc
     path.write_text(
         f"[model]\nname = 'llama3_upipe'\nflavor = 'debug'\nhf_assets_path = '{assets}'\n"
         "[training]\ndataset = 'stdlib'\n[context_parallel]\nhead_chunk = 4\nstash = 'none'\n"
+        "[activation_checkpoint]\nmode = 'full'\noffload = true\n"
     )
     config = read_job(["--job.config_file", str(path), "--context_parallel.head_chunk", "8"])
     assert config.context_parallel.head_chunk == 8  # the command line wins
     assert config.context_parallel.stash == "none"
+    assert config.activation_checkpoint.offload
     assert config.parallelism.context_parallel_load_balancer is None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import patient, schedules
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule, round_head_chunk
+from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.kernels.visibility import Interval
 
 MODELS = {  # query heads, KV heads, ranks
@@ -21,11 +23,11 @@ MODELS = {  # query heads, KV heads, ranks
 
 
 @settings(patient, max_examples=200)
-@given(schedules(), st.integers(1, 9))
-def test_every_row_of_every_query_head_is_computed_once(schedule: HeadSchedule, tokens: int) -> None:
+@given(schedules(), st.integers(1, 9), st.integers(1, 4))
+def test_every_row_of_every_query_head_is_computed_once(schedule: HeadSchedule, tokens: int, tiles: int) -> None:
     found: dict[int, list[Interval]] = defaultdict(list)
-    for stage in schedule.stages:
-        rows = stage.rows(tokens)
+    for stage, tile in product(schedule.stages, query_tiles(tokens, tiles)):
+        rows = stage.rows(tokens, tile)
         for rank, heads in enumerate(stage.queries.heads):
             for head in heads:
                 found[head] += [(start, stop) for start, stop in rows.computed_by(rank) if start < stop]
@@ -36,21 +38,15 @@ def test_every_row_of_every_query_head_is_computed_once(schedule: HeadSchedule, 
 
 
 @settings(patient, max_examples=100)
-@given(schedules(), st.integers(1, 9))
-def test_rows_come_from_the_shards_that_hold_them(schedule: HeadSchedule, tokens: int) -> None:
+@given(schedules(), st.integers(1, 9), st.integers(1, 4))
+def test_rows_come_from_the_shards_that_hold_them(schedule: HeadSchedule, tokens: int, tiles: int) -> None:
     ranks = range(schedule.degree)
-    for team in {stage.team for stage in schedule.stages}:
-        rows = next(stage for stage in schedule.stages if stage.team == team).rows(tokens)
+    for team, tile in product({stage.team for stage in schedule.stages}, query_tiles(tokens, tiles)):
+        rows = next(stage for stage in schedule.stages if stage.team == team).rows(tokens, tile)
         for rank in ranks:
-            shared = [
-                shard * tokens + row
-                for shard in ranks
-                for start, stop in rows.shared(rank, shard)
-                for row in range(start, stop)
-            ]
-            assert shared == [row for start, stop in rows.computed_by(rank) for row in range(start, stop)]
+            shared = [shard * tokens + tile[0] + row for shard in ranks for row in range(*rows.shared(rank, shard))]
+            assert shared == [row for interval in rows.computed_by(rank) for row in range(*interval)]
             assert len(shared) == sum(rows.count(rank, shard) for shard in ranks)
-            assert all(len(rows.shared(rank, shard)) <= 1 for shard in ranks)  # what is sent is a view
 
 
 @settings(patient, max_examples=200)
@@ -158,6 +154,7 @@ def test_llama3_8b_on_eight_ranks() -> None:
     assert all(not any(stage.fetch.counts) for stage in rest)  # K and V stay for all four stages
     assert schedule.stages[-1].release.heads == first.fetch.heads
     assert first.rows(2).computed_by(3) == ((0, 16),)
+    assert first.rows(2, (1, 2)).computed_by(3) == tuple((2 * r + 1, 2 * r + 2) for r in range(8))
 
 
 def test_qwen25_7b_on_eight_ranks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.memory.host_pool import HostPool
 from torchtitan_upipe.memory.stash import Stash
 
-Variant = tuple[str, int, str, int]  # method, head chunk, stash, ring degree
+Variant = tuple[str, int, str, int]  # method, head chunk, stash (and query tiles, as in "host/3"), ring degree
 
 SHAPES = {
     "mha": Shape(8, 8, batch=2),
@@ -59,11 +61,15 @@ def variants(shape: Shape, degree: int) -> list[Variant]:
             chunks = chunks[:: len(chunks) // 3]  # 1, ..., H
         which.append(("ulysses", 0, "none", ring))
         which += [("upipe", u, s, ring) for u in chunks for s in ("none", "device")]
+        which += [("upipe", chunks[0], "host", ring), ("upipe", chunks[len(chunks) // 2], "host/3", ring)]
+        which.append(("upipe", chunks[0], "none/5", ring))
     return which
 
 
 def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
-    method, head_chunk, stash, ring_degree = variant
+    method, head_chunk, stash_and_tiles, ring_degree = variant
+    stash, _, tiles = stash_and_tiles.partition("/")
+    new_stash = {"none": None, "device": Stash, "host": partial(Stash, HostPool().put)}[stash]
     world = dist.get_world_size() if dist.is_initialized() else 1
     ulysses_group = ring_group = None
     if ring_degree == world > 1:
@@ -78,7 +84,8 @@ def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_chunk=head_chunk,
-        stash=stash,
+        new_stash=new_stash,
+        query_tiles=int(tiles or 1),
         ulysses_group=ulysses_group,
         ring_group=ring_group,
         kernel=build_kernel("sdpa", device),
@@ -137,9 +144,9 @@ def bfloat16_ratio(name: str, mask: str, degree: int) -> float:
     """The worst variant's error over the plain bfloat16 layer's own, of the output or of any gradient."""
     shape = replace(SHAPES[name], dim=128, head_dim=32, length=128)
     shape = shape if mask == "causal" else packed(shape)
-    which = variants(shape, degree)
+    which = [v for v in variants(shape, degree) if v[:3:2] != ("upipe", "none")]  # a stash changes no rounding
     # a norm weight's gradient has 32 elements: one draw of its error says little, five say enough
-    squares = [bfloat16_square_errors(shape, degree, which, seed) for seed in range(5 if name == "few" else 1)]
+    squares = [bfloat16_square_errors(shape, degree, which, seed) for seed in range(5 if shape.norm else 1)]
     return max(
         (sum(s[i][key] for s in squares) / sum(s[-1][key] for s in squares)) ** 0.5
         for i in range(len(which))
@@ -302,7 +309,7 @@ def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str
     mine = slice(rank * tokens, (rank + 1) * tokens)
     x = case.x[:, mine].float().requires_grad_()
     weights = AttentionWeights(**{k: w.float().requires_grad_() for k, w in case.weights.items()})
-    transform = case.transform(shape.positions[:, mine], torch.float32)
+    transform = case.transform(shape.positions[:, mine])
 
     def both_runs() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         stash = Stash()
@@ -319,7 +326,7 @@ def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str
 
     with counted("forward"):
         if checkpointed:
-            options = {"context_fn": both_runs} if isinstance(method, UPipe) and method.keep_stash else {}
+            options = {"context_fn": both_runs} if isinstance(method, UPipe) and method.new_stash else {}
             y = checkpoint(method, x, weights, transform, shape.head_dim, use_reentrant=False, **options)
         else:
             y = method(x, weights, transform, shape.head_dim)

@@ -138,7 +138,11 @@ def check(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float = 1e-
 @pytest.mark.parametrize("starts", [(0,), DOCUMENTS], ids=["causal", "packed"])
 @pytest.mark.parametrize(
     "rows",
-    [((0, LENGTH),), *(QueryRows(2, 4, LENGTH // 4).computed_by(r) for r in (0, 1)), ((3, 7), (7, 8), (30, 47))],
+    [
+        ((0, LENGTH),),
+        *(QueryRows(2, 4, LENGTH // 4, (0, LENGTH // 4)).computed_by(r) for r in (0, 1)),
+        ((3, 7), (7, 8), (30, 47)),
+    ],
     ids=["all", "outer segment", "inner segment", "ragged"],
 )
 @pytest.mark.parametrize("name", ["sdpa", "packed"])
@@ -166,7 +170,7 @@ def test_keys_that_come_in_parts(name: str, team: int, starts: tuple[int, ...], 
     kernel = kernel_named(name)
     for rank in range(degree):
         mine = zigzag_tokens(LENGTH, rank, degree)
-        queries = mine.rows(QueryRows(team, team, len(mine) // team).computed_by(rank % team))
+        queries = mine.rows(QueryRows(team, team, len(mine) // team, (0, len(mine) // team)).computed_by(rank % team))
         truth = dense(queries, starts, 4, 2, torch.float64)
         q, k, v = truth.inputs
         out, lse = torch.zeros_like(q), torch.full_like(truth.lse, -math.inf)

@@ -17,6 +17,7 @@ from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.memory.stash import Stash
 
 WIDTH = 2
 
@@ -57,7 +58,7 @@ def record(method: str, schedule: HeadSchedule, case: Case) -> list[list[tuple[l
         if method == "ulysses":
             layer: Ulysses | UPipe = Ulysses(schedule.num_heads, schedule.num_kv_heads, exchange, attention)
         else:
-            layer = UPipe(schedule, exchange, attention, keep_stash=method == "upipe, stash")
+            layer = UPipe(schedule, exchange, attention, new_stash=Stash if method == "upipe, stash" else None)
         run_method(case, layer, mine, torch.float64)
         found.append(exchange.calls)
     return found

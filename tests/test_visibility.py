@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import patient
 from torchtitan_upipe.cp.ring import zigzag_tokens
-from torchtitan_upipe.cp.segments import QueryRows
+from torchtitan_upipe.cp.segments import QueryRows, query_tiles
 from torchtitan_upipe.kernels.pieces import rectangles
 from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
 
@@ -35,7 +35,9 @@ def ring_shards(draw: st.DrawFn) -> tuple[Tokens, Tokens]:
     mine, other = draw(st.integers(0, ring - 1)), draw(st.integers(0, ring - 1))
     degree = draw(st.sampled_from([1, 2, 4]))
     team = draw(st.sampled_from([t for t in (1, 2, 4) if degree % t == 0]))
-    rows = QueryRows(team, degree, LENGTH // ring // degree).computed_by(draw(st.integers(0, degree - 1)))
+    tokens = LENGTH // ring // degree
+    tile = draw(st.sampled_from(query_tiles(tokens, draw(st.integers(1, 3)))))
+    rows = QueryRows(team, degree, tokens, tile).computed_by(draw(st.integers(0, degree - 1)))
     return zigzag_tokens(LENGTH, mine, ring).rows(rows), zigzag_tokens(LENGTH, other, ring)
 
 

@@ -17,14 +17,6 @@ from torchtitan.config import ConfigManager, JobConfig
 
 JOB_CONFIG_MODULE = "torchtitan_upipe.job_config"
 
-# Fields that users of the design will look for and this version does not have.
-NOT_YET = {
-    "context_parallel.tile_size": "tiling of norm, MLP and loss is not available yet; remove the field",
-    "context_parallel.query_tiles": "query tiles are not available yet; remove the field",
-    "context_parallel.stash_budget_gib": "the host stash is not available yet; remove the field",
-    "activation_checkpoint.offload": "offloading of block inputs is not available yet; remove the field",
-}
-
 
 def load_config(args: Sequence[str]) -> JobConfig:
     """Read the job that ``args`` (the command line without the program) describe.
@@ -114,8 +106,6 @@ def _field_names(section: type, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
-    if name in NOT_YET:
-        return f"{name}: {NOT_YET[name]}."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"unknown field {name}" + (f"; the nearest known one is {near[0]}." if near else ".")
 

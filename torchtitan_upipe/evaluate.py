@@ -17,6 +17,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.data.batch import shard_batch
+from torchtitan_upipe.models.tiled import summed_loss
 
 
 class ContextParallelValidator(Validator):
@@ -51,7 +52,7 @@ class ContextParallelValidator(Validator):
         eos_id = getattr(self.tokenizer, "eos_id", None)
         local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config, eos_id)
         with self.validation_context(), self.maybe_enable_amp:
-            return self.loss_fn(model(local, **kwargs), local_labels) / tokens
+            return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / tokens
 
 
 def build_validator(**kwargs: Any) -> BaseValidator:

@@ -38,10 +38,27 @@ class ContextParallel:
     "reference" is eager float32. "auto" is "flash3" where it is installed on Hopper, else "sdpa".
     """
 
-    stash: Literal["none", "device"] = "device"
+    query_tiles: int = 1
     """
-    UPipe: what a stage keeps for the backward pass. "device" keeps attention output and log-sum-exp; "none" keeps
-    nothing and computes attention again in backward.
+    UPipe: slices of the queries in each stage, which run one after another against the same keys and values. More of
+    them take less memory and more, smaller kernel calls.
+    """
+
+    stash: Literal["none", "device", "host"] = "device"
+    """
+    UPipe: what a stage keeps for the backward pass. "device" keeps attention output and log-sum-exp, "host" moves them
+    to host memory (pinned on CUDA); "none" keeps nothing and computes attention again in backward.
+    """
+
+    stash_budget_gib: float = 0.0
+    """
+    stash = "host": host memory of a rank in GiB for stashes; layers beyond it compute attention again. 0 = no limit.
+    """
+
+    tile_size: int = 0
+    """
+    Rows per tile of norm, MLP and loss, for every method; 0 = no tiling. 32768 is right for long runs: the tiles' inner
+    tensors stay small beside the hidden states, and the matrix products large.
     """
 
 
@@ -68,9 +85,21 @@ class Training(titan.Training):
 
 
 @dataclass
+class ActivationCheckpoint(titan.ActivationCheckpoint):
+    """TorchTitan's section with one more field."""
+
+    offload: bool = False
+    """
+    With mode = "full": block inputs wait for the backward pass in host memory (pinned on CUDA), moved beside the
+    computation.
+    """
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import DDP
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -21,12 +22,18 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.data.sharding import degrees, load_balancer
+from torchtitan_upipe.data.sharding import degrees, length_divisor, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
+from torchtitan_upipe.memory.host_pool import HostPool
+from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.memory.stash import Stash
-from torchtitan_upipe.models.attention import ContextParallelAttention, RopeFromTable
-from torchtitan_upipe.validate import validate_job
+from torchtitan_upipe.models.attention import ContextParallelAttention
+from torchtitan_upipe.models.rope import RopeOfModel
+from torchtitan_upipe.models.tiled import tile_model
+from torchtitan_upipe.validate import attention_dtype, validate_job
+
+NewStash = Callable[[], Stash]
 
 
 class AttachedDims:
@@ -51,12 +58,12 @@ class Parallelize:
 
     Args:
         titan_parallelize: TorchTitan's function for the same model.
-        rope_from_table: how the model's position table is read.
+        rope: how the model rotates.
     """
 
-    def __init__(self, titan_parallelize: ParallelizeFunction, rope_from_table: RopeFromTable) -> None:
+    def __init__(self, titan_parallelize: ParallelizeFunction, rope: RopeOfModel) -> None:
         self.titan_parallelize = titan_parallelize
-        self.rope_from_table = rope_from_table
+        self.rope = rope
 
     def __call__(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
         """Parallelize ``model`` (on the meta device) in place.
@@ -70,39 +77,48 @@ class Parallelize:
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
         dims: Any = parallel_dims
+        pool = HostPool()
         if cp.method != "torchtitan":
             dims = AttachedDims(parallel_dims)
-            self._attach(model, parallel_dims, job_config)
-            if job_config.activation_checkpoint.mode == "full":
-                job_config = _checkpoint_blocks(model, job_config)
+            self._attach(model, parallel_dims, job_config, pool)
+        if cp.tile_size:
+            tile_model(model, cp.tile_size)
+            logger.info(f"Norm, feed-forward and loss work in tiles of {cp.tile_size} rows")
+        if job_config.activation_checkpoint.mode == "full":
+            job_config = _checkpoint_blocks(model, job_config, pool)
         with _tied_weights_sharded(model, parallel_dims, job_config):
             model = self.titan_parallelize(model, dims, job_config)
         _sum_replicated_gradients(model)
         prepare_for_gloo(model)
         return model
 
-    def _attach(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
+    def _attach(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, pool: HostPool) -> None:
         cp = job_config.context_parallel
         ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
         kernel = build_kernel(cp.attention_kernel, device_type)
+        stashes = _stashes(job_config, model.model_args, pool)
+        frequencies = self.rope.frequencies(model.model_args)
+        self.rope.drop_table(model)
         blocks: Any = model.layers
-        for block in blocks.values():
+        for block, new_stash in zip(blocks.values(), stashes, strict=True):
             method = build_method(
                 cp.method,
                 num_heads=block.attention.n_heads,
                 num_kv_heads=block.attention.n_kv_heads,
                 head_chunk=cp.head_chunk,
-                stash=cp.stash,
+                new_stash=new_stash,
+                query_tiles=cp.query_tiles,
                 ulysses_group=ulysses_group,
                 ring_group=ring_group,
                 kernel=kernel,
             )
             block.attention = ContextParallelAttention(
-                block.attention, method, self.rope_from_table, job_config.training.document_mask
+                block.attention, method, self.rope, frequencies, job_config.training.document_mask
             )
         logger.info(
             f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "
-            f"attention kernel {kernel.name}" + (f", {_describe(method)}" if isinstance(method, UPipe) else "")
+            f"attention kernel {kernel.name}"
+            + (f", {_describe(method, cp.stash, stashes)}" if isinstance(method, UPipe) else "")
         )
         if isinstance(method, UPipe) and cp.head_chunk not in (0, method.schedule.head_chunk):
             logger.warning(
@@ -127,36 +143,70 @@ def _groups(
     return grid["ulysses"].get_group(), grid["ring"].get_group()
 
 
-def _describe(upipe: UPipe) -> str:
+def _describe(upipe: UPipe, stash: str, stashes: Sequence[NewStash | None]) -> str:
     schedule = upipe.schedule
+    kept = sum(new_stash is not None for new_stash in stashes)
     return (
         f"head chunk {schedule.head_chunk} of {schedule.num_heads} ({len(schedule.stages)} stages), "
-        f"stash on {'device' if upipe.keep_stash else 'none'}"
+        f"query tiles {upipe.tiles}, stash {stash} for {kept} of {len(stashes)} layers"
     )
 
 
-def _checkpoint_blocks(model: nn.Module, job_config: JobConfig) -> JobConfig:
-    """Full activation checkpointing with one stash for both runs of a block; TorchTitan's takes no ``context_fn``.
+def _stashes(job_config: JobConfig, model_args: Any, pool: HostPool) -> list[NewStash | None]:
+    """What makes each layer's stash; None where attention is computed again in backward."""
+    cp, layers = job_config.context_parallel, model_args.n_layers
+    match cp.stash:
+        case "none":
+            return [None] * layers
+        case "device":
+            return [Stash] * layers
+        case _:
+            kept = min(layers, stashed_layers(job_config, model_args))
+            on_host: list[NewStash | None] = [partial(Stash, pool.put)] * kept
+            return on_host + [None] * (layers - kept)
+
+
+def stashed_layers(job_config: JobConfig, model_args: Any) -> int:
+    """How many layers' stashes ``stash_budget_gib`` has room for; all of them without a budget."""
+    budget = job_config.context_parallel.stash_budget_gib
+    return model_args.n_layers if budget == 0 else int(budget * 2**30 / stash_bytes(job_config, model_args))
+
+
+def stash_bytes(job_config: JobConfig, model_args: Any) -> int:
+    """Bytes of one layer's stash on a rank: ``o [B, N, H, d]`` and a float32 log-sum-exp of every row and head."""
+    cp, training = job_config.context_parallel, job_config.training
+    degree = job_config.parallelism.context_parallel_degree
+    divisor = length_divisor(*degrees(cp.method, degree, cp.ring_degree))
+    tokens = training.local_batch_size * (-(-training.seq_len // divisor) * divisor // degree)
+    head_dim = getattr(model_args, "head_dim", None) or model_args.dim // model_args.n_heads
+    return tokens * model_args.n_heads * (head_dim * attention_dtype(job_config).itemsize + 4)
+
+
+def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) -> JobConfig:
+    """Full activation checkpointing with one stash for both runs of a block, and block inputs on the host if asked.
+
+    TorchTitan's takes no ``context_fn``.
 
     Returns:
         The job for TorchTitan's parallelize function, which must not checkpoint again.
     """
     options = job_config.activation_checkpoint
+    offload = BlockOffload(pool) if options.offload else None
     blocks: Any = model.layers
     for name, block in list(blocks.items()):
-        method = block.attention.method
-        extra: dict[str, Any] = (
-            {"context_fn": _StashForBothRuns(method)} if isinstance(method, UPipe) and method.keep_stash else {}
-        )
-        blocks[name] = checkpoint_wrapper(
-            block,
-            preserve_rng_state=options.preserve_rng_state,
-            determinism_check=options.determinism_check,
-            early_stop=options.early_stop,
-            debug=options.debug,
-            **extra,
-        )
-    logger.info("Applied full activation checkpointing to the model")
+        arguments: dict[str, Any] = {
+            "preserve_rng_state": options.preserve_rng_state,
+            "determinism_check": options.determinism_check,
+            "early_stop": options.early_stop,
+            "debug": options.debug,
+        }
+        method = getattr(block.attention, "method", None)  # TorchTitan's own attention has none
+        if isinstance(method, UPipe) and method.new_stash is not None:
+            arguments["context_fn"] = _StashForBothRuns(method, method.new_stash)
+        blocks[name] = OffloadedBlock(block, offload, **arguments) if offload else CheckpointWrapper(block, **arguments)
+    logger.info(
+        "Applied full activation checkpointing to the model" + (", block inputs in host memory" if offload else "")
+    )
     job_config = copy.deepcopy(job_config)
     job_config.activation_checkpoint.mode = "none"
     return job_config
@@ -212,9 +262,9 @@ def _all_reduce_sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:
 class _StashForBothRuns:
     """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block."""
 
-    def __init__(self, upipe: UPipe) -> None:
-        self.upipe = upipe
+    def __init__(self, upipe: UPipe, new_stash: NewStash) -> None:
+        self.upipe, self.new_stash = upipe, new_stash
 
     def __call__(self) -> tuple[Any, Any]:
-        stash = Stash()
+        stash = self.new_stash()
         return self.upipe.using(stash), self.upipe.using(stash)

@@ -28,6 +28,7 @@ from torchtitan.tools.utils import device_type  # noqa: E402
 
 from torchtitan_upipe.config import load_config  # noqa: E402
 from torchtitan_upipe.data.batch import shard_batch  # noqa: E402
+from torchtitan_upipe.models.tiled import summed_loss  # noqa: E402
 from torchtitan_upipe.train_spec import SPECS  # noqa: E402
 from torchtitan_upipe.validate import validate_job  # noqa: E402
 
@@ -42,6 +43,22 @@ class Trainer(torchtitan.train.Trainer):
         eos_id = getattr(self.tokenizer, "eos_id", None)
         inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config, eos_id)
         return inputs, labels, {}, kwargs
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """One micro-batch, as TorchTitan does without pipelining; a tiled model computes its loss itself.
+
+        Returns:
+            This rank's share of the mean loss per token: a scalar whose sum over ranks is the mean.
+        """
+        inputs, labels, extra_inputs, kwargs = self.post_dataloading_process(input_dict, labels)
+        (model,) = self.model_parts
+        with self.train_context():
+            with self.maybe_enable_amp:
+                loss = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs) / global_valid_tokens
+            loss.backward()
+        return loss
 
 
 def read_job(args: Sequence[str]) -> JobConfig:

@@ -15,7 +15,7 @@ from torchtitan_upipe.data.text import register_datasets
 from torchtitan_upipe.evaluate import build_validator
 from torchtitan_upipe.models.adapter import AnyDegreeLlama3Adapter
 from torchtitan_upipe.models.flavors import LLAMA3_DEBUG, QWEN3_DEBUG
-from torchtitan_upipe.models.rope import llama_rope, qwen_rope
+from torchtitan_upipe.models.rope import LLAMA_ROPE, QWEN_ROPE
 from torchtitan_upipe.parallelize import Parallelize
 
 
@@ -25,7 +25,7 @@ def llama3_spec() -> TrainSpec:
     return replace(
         spec,
         model_args={**spec.model_args, **LLAMA3_DEBUG},
-        parallelize_fn=Parallelize(spec.parallelize_fn, llama_rope),
+        parallelize_fn=Parallelize(spec.parallelize_fn, LLAMA_ROPE),
         pipelining_fn=None,
         build_validator_fn=build_validator,
         state_dict_adapter=AnyDegreeLlama3Adapter,
@@ -38,7 +38,7 @@ def qwen3_spec() -> TrainSpec:
     return replace(
         spec,
         model_args={**spec.model_args, **QWEN3_DEBUG},
-        parallelize_fn=Parallelize(spec.parallelize_fn, qwen_rope),
+        parallelize_fn=Parallelize(spec.parallelize_fn, QWEN_ROPE),
         build_validator_fn=build_validator,
     )
 

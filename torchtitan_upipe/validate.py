@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols import BaseModelArgs
 
@@ -31,14 +32,16 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
+    _check_offload(config)
     _check_device(config, device_type)
     _check_files(config)
-    check_kernel(config.context_parallel.attention_kernel, device_type, TORCH_DTYPE_MAP[_attention_dtype(config)])
+    check_kernel(config.context_parallel.attention_kernel, device_type, attention_dtype(config))
 
 
-def _attention_dtype(config: JobConfig) -> str:
+def attention_dtype(config: JobConfig) -> torch.dtype:
+    """The dtype of hidden states and of the weights that meet them."""
     training = config.training
-    return "bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param
+    return TORCH_DTYPE_MAP["bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param]
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
@@ -69,7 +72,9 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
 
 
 def _check_counts(config: JobConfig, world_size: int) -> None:
-    training = config.training
+    training, tile_size = config.training, config.context_parallel.tile_size
+    if tile_size < 0:
+        raise ValueError(f"context_parallel.tile_size = {tile_size} must be a number of rows, or 0 for no tiling.")
     counts = {
         "training.steps": training.steps,
         "training.local_batch_size": training.local_batch_size,
@@ -132,6 +137,22 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
             'heads at once; remove it or set method = "upipe".'
         )
     check_heads(num_heads, num_kv_heads, cp.head_chunk or num_heads)
+    tokens = config.training.seq_len // config.parallelism.context_parallel_degree
+    if not 1 <= cp.query_tiles <= tokens:
+        raise ValueError(
+            f"query_tiles = {cp.query_tiles} must be between 1 and {tokens}, the tokens of a rank; "
+            f"nearest: {min(max(cp.query_tiles, 1), tokens)}."
+        )
+    if cp.query_tiles > 1 and cp.method != "upipe":
+        raise ValueError(
+            f'query_tiles = {cp.query_tiles} has no meaning for method = "{cp.method}"; remove it or set '
+            'method = "upipe".'
+        )
+    if cp.stash_budget_gib < 0 or (cp.stash_budget_gib and cp.stash != "host"):
+        raise ValueError(
+            f'stash_budget_gib = {cp.stash_budget_gib:g} limits host memory for stash = "host", and stash = '
+            f'"{cp.stash}"; set it to a positive number with stash = "host", or remove it.'
+        )
 
 
 def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
@@ -161,6 +182,16 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         raise ValueError(
             f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
             "choose the flavor without the suffix."
+        )
+
+
+def _check_offload(config: JobConfig) -> None:
+    checkpointing = config.activation_checkpoint
+    if checkpointing.offload and checkpointing.mode != "full":
+        raise ValueError(
+            f"activation_checkpoint.offload = true moves the inputs of checkpointed blocks, but mode = "
+            f'{checkpointing.mode!r} does not checkpoint every block; set activation_checkpoint.mode = "full" '
+            "or remove offload."
         )
 
 

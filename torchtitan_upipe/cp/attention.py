@@ -44,15 +44,25 @@ class SequenceAttention(Protocol):
         scale: float,
         rows: Sequence[Interval],
         documents: Documents | None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``dq [B, Sq, h, d]``, ``dk [B, T, g, d]``, ``dv [B, T, g, d]``; float32 where they are sums."""
+        """``dq [B, Sq, h, d]``, ``dk [B, T, g, d]``, ``dv [B, T, g, d]``; float32 where they are sums.
+
+        ``dk`` and ``dv`` are added to the float32 tensors ``into``, if there are any.
+        """
 
 
 class LocalAttention:
-    """:class:`SequenceAttention` where the group's ``T`` tokens are the whole sequence."""
+    """:class:`SequenceAttention` where the group's ``T`` tokens are the whole sequence.
 
-    def __init__(self, kernel: AttentionKernel) -> None:
+    Args:
+        kernel: the kernel.
+        key_tiles: backward calls it for at most this share of the keys before the diagonal.
+    """
+
+    def __init__(self, kernel: AttentionKernel, key_tiles: int = 1) -> None:
         self.kernel = kernel
+        self.key_tiles = key_tiles
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rows: Sequence[Interval], documents: Documents | None
@@ -77,14 +87,29 @@ class LocalAttention:
         scale: float,
         rows: Sequence[Interval],
         documents: Documents | None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`SequenceAttention`."""
         tokens = Tokens(((0, k.shape[1]),))
         parts = [
-            attend_backward(self.kernel, dout[b], q[b], k[b], v[b], out[b], lse[b], pieces, scale=scale)
+            attend_backward(
+                self.kernel,
+                dout[b],
+                q[b],
+                k[b],
+                v[b],
+                out[b],
+                lse[b],
+                pieces,
+                scale=scale,
+                into=None if into is None else (into[0][b], into[1][b]),
+                max_keys=None if self.key_tiles == 1 else -(-k.shape[1] // self.key_tiles),
+            )
             for b, pieces in by_sequence(tokens.rows(rows), tokens, documents)
         ]
-        return _join(parts)  # type: ignore[return-value]
+        if into is None:
+            return _join(parts)  # type: ignore[return-value]
+        return _join([part[:1] for part in parts])[0], *into
 
 
 def by_sequence(queries: Tokens, keys: Tokens, documents: Documents | None) -> list[tuple[slice, list[Piece]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from torchtitan_upipe.cp.attention import LocalAttention, SequenceAttention
@@ -12,6 +14,7 @@ from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.memory.stash import Stash
 
 
 def build_method(
@@ -20,7 +23,8 @@ def build_method(
     num_heads: int,
     num_kv_heads: int,
     head_chunk: int,
-    stash: str,
+    new_stash: Callable[[], Stash] | None,
+    query_tiles: int = 1,
     ulysses_group: dist.ProcessGroup | None,
     ring_group: dist.ProcessGroup | None,
     kernel: AttentionKernel,
@@ -33,7 +37,8 @@ def build_method(
     Args:
         method: ``"ulysses"`` or ``"ring"`` (all heads at once), or ``"upipe"``.
         head_chunk: ``U``; 0 is all heads. UPipe only.
-        stash: ``"none"`` or ``"device"``. UPipe only.
+        new_stash: makes what keeps the stages' outputs for the backward pass; None to compute them again. UPipe only.
+        query_tiles: slices of the queries in each stage. UPipe only.
         ulysses_group: the group of the all-to-alls, or None for one rank.
         ring_group: the group of the ring, or None for one rank.
 
@@ -41,7 +46,7 @@ def build_method(
         ValueError: no such method, or no schedule for these numbers.
     """
     exchange = HeadExchange(ulysses_group)
-    attention: SequenceAttention = LocalAttention(kernel)
+    attention: SequenceAttention = LocalAttention(kernel, key_tiles=query_tiles)
     if ring_group is not None:
         attention = RingAttention(RingExchange(ring_group), kernel)
     match method:
@@ -49,6 +54,6 @@ def build_method(
             return Ulysses(num_heads, num_kv_heads, exchange, attention)
         case "upipe":
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
-            return UPipe(schedule, exchange, attention, keep_stash=stash == "device")
+            return UPipe(schedule, exchange, attention, new_stash, query_tiles)
         case _:
             raise ValueError(f'method = {method!r} is unknown; choose "upipe", "ulysses" or "ring".')

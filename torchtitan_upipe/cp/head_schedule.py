@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from torchtitan_upipe.cp.segments import QueryRows
+from torchtitan_upipe.kernels.visibility import Interval
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Stage:
     leave: tuple[tuple[int, ...], ...]
     release: HeadPlacement
 
-    def rows(self, tokens: int) -> QueryRows:
-        """Which query rows each rank computes, for shards of ``tokens`` tokens."""
-        return QueryRows(self.team, len(self.queries.heads), tokens)
+    def rows(self, tokens: int, tile: Interval | None = None) -> QueryRows:
+        """Which query rows each rank computes, for shards of ``tokens`` tokens, of which ``tile`` (or all) now."""
+        return QueryRows(self.team, len(self.queries.heads), tokens, tile or (0, tokens))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class RingAttention:
         scale: float,
         rows: Sequence[Interval],
         documents: Documents | None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`~torchtitan_upipe.cp.attention.SequenceAttention`; sums travel with their keys, in float32."""
         ring, wide = self.exchange, accumulate_dtype(q.dtype)
@@ -115,6 +116,10 @@ class RingAttention:
                 kv = ring.finish()
         if ring.size > 1:
             d_kv = returning.finish()
+        if into is not None:
+            for total, part in zip(into, d_kv, strict=True):
+                total += part
+            d_kv = into
         return dq, *d_kv  # type: ignore[return-value]
 
     def _tokens(self, step: int, rows: Sequence[Interval], tokens: int) -> tuple[Tokens, Tokens]:

@@ -13,32 +13,25 @@ from torchtitan_upipe.kernels.contract import accumulate_dtype
 
 
 def split_queries(heads: Tensor, placement: HeadPlacement, rows: QueryRows, shard: int) -> list[Tensor]:
-    """The rows and heads that each rank computes, of ``heads [B, N, h, d]`` with heads ``placement.distinct``.
+    """The rows and heads that each rank computes, of ``heads [B, n, h, d]`` with heads ``placement.distinct``.
 
     Args:
-        shard: the rank that holds these tokens.
+        shard: the rank that holds these tokens, the tile of ``rows``.
 
     Returns:
-        ``pieces[r] [B, n_r, h_r, d]``; views, except where a rank computes two separate stretches of these rows.
+        ``pieces[r] [B, n_r, h_r, d]``, views.
     """
-    pieces = []
-    for rank, at in enumerate(_heads_of_ranks(placement)):
-        parts = [heads[:, start:stop, at] for start, stop in rows.shared(rank, shard)] or [heads[:, :0, at]]
-        pieces.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-    return pieces
+    return [heads[:, slice(*rows.shared(rank, shard)), at] for rank, at in enumerate(_heads_of_ranks(placement))]
 
 
 def join_queries(pieces: Sequence[Tensor], placement: HeadPlacement, rows: QueryRows, shard: int) -> Tensor:
-    """Inverse of :func:`split_queries`: ``[B, N, h, d]`` from what each rank computed."""
+    """Inverse of :func:`split_queries`: ``[B, n, h, d]`` from what each rank computed."""
     if rows.team == 1:
         return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
     batch, _, _, width = pieces[0].shape
-    joined = pieces[0].new_empty(batch, rows.tokens, len(placement.distinct), width)
+    joined = pieces[0].new_empty(batch, rows.tile[1] - rows.tile[0], len(placement.distinct), width)
     for rank, (piece, at) in enumerate(zip(pieces, _heads_of_ranks(placement), strict=True)):
-        first = 0
-        for start, stop in rows.shared(rank, shard):
-            joined[:, start:stop, at] = piece[:, first : first + stop - start]
-            first += stop - start
+        joined[:, slice(*rows.shared(rank, shard)), at] = piece
     return joined
 
 
@@ -56,6 +49,8 @@ def sum_copies(pieces: Sequence[Tensor], placement: HeadPlacement) -> Tensor:
     Copies are summed in float32 (float64 stays) and rounded once.
     """
     first = pieces[0]
+    if placement.distinct == tuple(head for heads in placement.heads for head in heads):  # no copies
+        return first if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
     shape = (*first.shape[:2], len(placement.distinct), first.shape[3])
     total = first.new_zeros(shape, dtype=accumulate_dtype(first.dtype))
     for piece, at in zip(pieces, _heads_of_ranks(placement), strict=True):

@@ -18,10 +18,16 @@ class HeadTransform(Protocol):
     def __call__(self, heads: Tensor, norm_weight: Tensor | None) -> Tensor:
         """``[B, N, h, d]`` to the same shape and dtype; differentiable. ``norm_weight [d]`` or None for no norm."""
 
-    def vjp(self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of ``heads`` and ``norm_weight`` from ``grad [B, N, h, d]``.
+    def apply_(self, heads: Tensor, norm_weight: Tensor | None, rows: slice) -> Tensor:
+        """The same for the tokens ``rows``, ``[B, n, h, d]``, not differentiable. Without a norm, in place."""
 
-        ``heads`` is read only by a norm. The gradient of ``norm_weight`` is float32 (float64 for float64 weights).
+    def vjp_(
+        self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of ``heads`` and ``norm_weight`` from ``grad [B, n, h, d]`` of the tokens ``rows``.
+
+        ``grad`` is overwritten; ``heads`` is read only by a norm. The gradient of ``norm_weight`` is float32 (float64
+        for float64 weights).
         """
 
 

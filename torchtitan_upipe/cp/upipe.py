@@ -1,26 +1,27 @@
 """UPipe: the attention layer walked through in chunks of heads (Untied Ulysses, arXiv 2602.21196, section 3).
 
-One stage handles ``U`` query heads of the whole group: it projects them, exchanges, attends, exchanges back and adds
-its share of the output projection. Memory grows with the chunk, not with the heads. Backward walks the same stages.
+One stage handles ``U`` query heads of the whole group: it projects them, exchanges, attends and exchanges back. Memory
+grows with the chunk, not with the heads. Backward walks the same stages. Within a stage the queries may be walked
+through in tiles, against the same keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchtitan_upipe.cp.attention import SequenceAttention
 from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.gradients import LayerGradients, project_out
 from torchtitan_upipe.cp.head_schedule import HeadSchedule
-from torchtitan_upipe.cp.stage import KVBlock, LayerGradients, StageLayer, head_columns
+from torchtitan_upipe.cp.segments import query_tiles
+from torchtitan_upipe.cp.stage import ALL_ROWS, KVBlock, StageLayer
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
-from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.memory.stash import Stash
 
@@ -32,16 +33,24 @@ class UPipe:
         schedule: which heads in which stage; ``schedule.degree`` must be ``exchange.size``.
         exchange: all-to-alls of the context-parallel group.
         attention: of this rank's heads over the sequence.
-        keep_stash: keep every stage's ``o, lse`` until the backward pass has used them; else compute them again there.
+        new_stash: makes what keeps every stage's ``o, lse`` until the backward pass has used them; None to compute
+            them again there.
+        tiles: slices of the queries in each stage.
     """
 
     def __init__(
-        self, schedule: HeadSchedule, exchange: HeadExchange, attention: SequenceAttention, keep_stash: bool
+        self,
+        schedule: HeadSchedule,
+        exchange: HeadExchange,
+        attention: SequenceAttention,
+        new_stash: Callable[[], Stash] | None,
+        tiles: int = 1,
     ) -> None:
         self.schedule = schedule
         self.exchange = exchange
         self.attention = attention
-        self.keep_stash = keep_stash
+        self.new_stash = new_stash
+        self.tiles = tiles
         self._block_stash: Stash | None = None
 
     def __call__(
@@ -53,8 +62,8 @@ class UPipe:
         documents: Documents | None = None,
     ) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
-        keep = self.keep_stash and torch.is_grad_enabled()
-        stash = (self._block_stash or Stash()) if keep else None
+        keep = self.new_stash is not None and torch.is_grad_enabled()
+        stash = (self._block_stash or self.new_stash()) if self.new_stash is not None and keep else None
         return _UPipeLayer.apply(self, stash, transform, head_dim, documents, x, *vars(weights).values())
 
     def layer(
@@ -105,39 +114,39 @@ class _UPipeLayer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         layer = upipe.layer(x, weights, transform, head_dim, documents)
+        tiles = query_tiles(x.shape[1], upipe.tiles)
+        outputs = Stash() if stash is None else stash
         kv: dict[int, KVBlock] = {}
-        y = torch.zeros_like(x, dtype=accumulate_dtype(x.dtype))
 
         for index, stage in enumerate(upipe.schedule.stages):
-            stashed = None if stash is None else stash.get(index)
-            if stashed is not None:  # the block's second run
-                o, _ = stashed
-            else:
-                # project and exchange: k, v of a new KV set, then q
-                if any(stage.fetch.counts):
-                    kv[index] = layer.fetch_kv(stage)
-                q, _ = layer.queries(stage)  # [B, Sq, u, d]
+            if outputs.complete:  # the block's second run
+                break
+            # project and exchange: k, v of a new KV set
+            if any(stage.fetch.counts):
+                kv[index] = layer.fetch_kv(stage)
+
+            for t, tile in enumerate(tiles):
+                # project and exchange: q
+                q, _ = layer.queries(stage, tile)  # [B, Sq, u, d]
 
                 # attention over the whole sequence
-                o, lse = layer.attend(stage, q, kv)
+                o, lse = layer.attend(stage, tile, q, kv)
                 del q
-                for block in stage.leave[upipe.exchange.rank]:
-                    del kv[block]
 
                 # exchange back, stash
-                o = layer.to_sequence(stage, o)  # [B, N, U, d]
-                if stash is not None:
-                    stash.put(index, o, lse)
-                del lse
+                o = layer.to_sequence(stage, tile, o)  # [B, n, U, d]
+                outputs.put((index, t), o, lse)
+                del o, lse
 
-            # project out: the stage's share of y
-            columns = head_columns(layer.weights.wo, stage.queries.distinct, head_dim)
-            y += F.linear(o.flatten(2), columns)  # [B, N, D]
-            del o
+            for block in stage.leave[upipe.exchange.rank]:
+                del kv[block]
+        outputs.settle()
+        outputs.complete = True
 
         ctx.save_for_backward(x, *weights)
         ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim, ctx.documents = upipe, stash, transform, head_dim, documents
-        return y.to(x.dtype)
+        # project out: all stages' heads
+        return project_out(outputs, upipe.schedule, tiles, x, layer.weights.wo)  # [B, N, D]
 
     @staticmethod
     @once_differentiable
@@ -145,9 +154,10 @@ class _UPipeLayer(torch.autograd.Function):
         dy = grads[0]
         x, *weights = ctx.saved_tensors
         upipe: UPipe = ctx.upipe
-        exchange = upipe.exchange
+        stash: Stash = Stash() if ctx.stash is None else ctx.stash
         layer = upipe.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
-        total = LayerGradients(x, layer.weights, ctx.head_dim)
+        tiles = query_tiles(x.shape[1], upipe.tiles)
+        total = LayerGradients(x, layer.weights, ctx.head_dim, stash.put_away)
         kv: dict[int, KVBlock] = {}
 
         for index, stage in enumerate(upipe.schedule.stages):
@@ -157,50 +167,61 @@ class _UPipeLayer(torch.autograd.Function):
             if any(stage.fetch.counts):
                 kv[index] = layer.fetch_kv(stage)
 
-            # o and lse: from the stash, or attention again
-            stashed = None if ctx.stash is None else ctx.stash.take(index)
-            if stashed is not None:
-                o_tokens, lse = stashed  # [B, N, U, d], [B, u, Sq]
-                o = layer.to_heads(stage, o_tokens)  # [B, Sq, u, d]
-                q, projected = None, None
-            else:
-                q, projected = layer.queries(stage)
-                o, lse = layer.attend(stage, q, kv)
-                o_tokens = layer.to_sequence(stage, o)
+            parts = []
+            for t, tile in enumerate(tiles):
+                rows = slice(*tile)
+                # o and lse: from the stash, or attention again
+                stashed = stash.take((index, t))
+                stash.fetch((index, t + 1) if t + 1 < len(tiles) else (index + 1, 0))
+                if stashed is not None:
+                    o_tokens, lse = stashed  # [B, n, U, d], [B, u, Sq]
+                    o = layer.to_heads(stage, tile, o_tokens)  # [B, Sq, u, d]
+                    q, projected = None, None
+                else:
+                    q, projected = layer.queries(stage, tile)
+                    o, lse = layer.attend(stage, tile, q, kv)
+                    o_tokens = layer.to_sequence(stage, tile, o)
 
-            # output projection
-            total.add_output(heads, o_tokens, dy)
-            del stashed, o_tokens
-            do = (dy @ head_columns(layer.weights.wo, heads, ctx.head_dim)).unflatten(-1, (-1, ctx.head_dim))
-            do = layer.to_heads(stage, do)  # [B, Sq, u, d]
+                # output projection
+                total.add_output(heads, o_tokens, dy[:, rows])
+                del stashed, o_tokens
+                do = layer.output_gradient(stage, tile, dy)  # [B, Sq, u, d]
 
-            # attention
-            if q is None:
-                q, projected = layer.queries(stage)
-            dq = layer.attend_backward(stage, do, q, kv, o, lse)
-            del do, q, o, lse
+                # attention
+                if q is None:
+                    q, projected = layer.queries(stage, tile)
+                dq_heads = layer.attend_backward(stage, tile, do, q, kv, o, lse)
+                del do, q, o, lse
+
+                # exchange back, undo rope and norm
+                dq = layer.to_sequence(stage, tile, dq_heads)  # [B, n, U, d]
+                del dq_heads
+                dq, d_norm = layer.transform.vjp_(dq, projected, layer.weights.q_norm, rows)
+                total.add_norm("q_norm", d_norm)
+                parts.append(dq)
+                del dq, projected
 
             # query projection
-            dq = layer.to_sequence(stage, dq)  # [B, N, U, d]
-            dq, d_norm = layer.transform.vjp(dq, projected, layer.weights.q_norm)
-            del projected
+            dq = parts.pop() if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, N, U, d]
+            parts.clear()
             total.add_projection("wq", heads, dq)
-            total.add_norm("q_norm", d_norm)
             del dq
 
             # key and value projections, at the end of a KV set, one at a time
             if any(stage.release.counts):
-                leaving = [kv.pop(block) for block in stage.leave[exchange.rank]]
                 released = stage.release.distinct
-                dk = layer.release(stage, [block.dk for block in leaving])  # [B, N, n, d]
+                leaving = [kv.pop(block) for block in stage.leave[upipe.exchange.rank]]
+                dks, dvs = [b.dk for b in leaving if b.dk is not None], [b.dv for b in leaving if b.dv is not None]
+                del leaving
+                dk = layer.release(stage, dks)  # [B, N, n, d]
                 projected = None if layer.weights.k_norm is None else layer.project(layer.weights.wk, stage.release)
-                dk, d_norm = layer.transform.vjp(dk, projected, layer.weights.k_norm)
+                dk, d_norm = layer.transform.vjp_(dk, projected, layer.weights.k_norm, ALL_ROWS)
                 total.add_projection("wk", released, dk)
                 total.add_norm("k_norm", d_norm)
                 del dk, projected
-                dv = layer.release(stage, [block.dv for block in leaving])
+                dv = layer.release(stage, dvs)
                 total.add_projection("wv", released, dv)
-                del dv, leaving
+                del dv
 
-        weight_grads = [total.result(name) for name in vars(layer.weights)]
-        return None, None, None, None, None, total.dx.to(x.dtype), *weight_grads
+        dx = total.input()
+        return None, None, None, None, None, dx, *(total.weight(name) for name in vars(layer.weights))

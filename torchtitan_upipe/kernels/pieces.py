@@ -71,18 +71,31 @@ def attend_backward(
     pieces: Sequence[Piece],
     *,
     scale: float,
+    into: tuple[Tensor, Tensor] | None = None,
+    max_keys: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`; ``out`` and ``lse`` are those of the whole softmax rows.
+
+    Args:
+        into: float32 ``dk, dv`` to add to; by default new ones.
+        max_keys: call the kernel for at most so many keys that stand before the queries, which bounds the partial
+            ``dk, dv`` of a call.
 
     Returns:
         ``dq``, zero where no piece has the row; ``dk, dv``. Those that several kernel calls contributed to are sums in
         float32; where one call made everything, all are in the dtype of ``q``.
     """
-    calls = [call for piece in pieces for call in rectangles(piece)]
-    if len(calls) == 1 and calls[0][:2] == ((0, q.shape[1]), (0, k.shape[1])):
-        return kernel.backward(dout, q, k, v, out, lse, scale=scale, causal=calls[0][2])
+    calls = [call for piece in pieces for call in rectangles(piece, max_keys)]
     wide = accumulate_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
+    if len(calls) == 1 and calls[0][:2] == ((0, q.shape[1]), (0, k.shape[1])):
+        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, scale=scale, causal=calls[0][2])
+        if into is None:
+            return dq, dk, dv
+        for total, part in zip(into, (dk, dv), strict=True):
+            total += part
+        return dq, *into
+    dq = torch.zeros_like(q, dtype=wide)
+    dk, dv = into or (torch.zeros_like(t, dtype=wide) for t in (k, v))
     if len(pieces) > 1 and isinstance(kernel, VarlenKernel):
         _packed_backward(kernel, dout, q, k, v, out, lse, calls, scale, (dq, dk, dv))
         return dq, dk, dv
@@ -97,14 +110,16 @@ def attend_backward(
     return dq, dk, dv
 
 
-def rectangles(piece: Piece) -> list[Rectangle]:
-    """What kernels can do: the causal square on the diagonal first, then the full rectangle of the keys before it."""
-    if not piece.causal:
-        return [(piece.rows, piece.keys, False)]
-    diagonal = piece.keys[1] - (piece.rows[1] - piece.rows[0])
-    square: Rectangle = (piece.rows, (diagonal, piece.keys[1]), True)
-    before: Rectangle = (piece.rows, (piece.keys[0], diagonal), False)
-    return [square, before] if diagonal > piece.keys[0] else [square]
+def rectangles(piece: Piece, max_keys: int | None = None) -> list[Rectangle]:
+    """What kernels can do: the causal square on the diagonal first, then the full rectangle of the keys before it.
+
+    The rectangle may be cut into several of ``max_keys`` keys.
+    """
+    first, last = piece.keys
+    diagonal = last - (piece.rows[1] - piece.rows[0]) if piece.causal else last
+    square: list[Rectangle] = [(piece.rows, (diagonal, last), True)] if piece.causal else []
+    step = max_keys or max(diagonal - first, 1)
+    return square + [(piece.rows, (key, min(key + step, diagonal)), False) for key in range(first, diagonal, step)]
 
 
 # --- variable-length kernels: all squares in one call, all full rectangles in another --------------------------------

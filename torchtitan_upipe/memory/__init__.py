@@ -1,1 +1,1 @@
-"""What is kept between forward and backward; see ``stash.py``."""
+"""What is kept between forward and backward, on the device (``stash.py``) and in host memory (``offload.py``)."""

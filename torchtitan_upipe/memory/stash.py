@@ -2,27 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
 from torch import Tensor
+
+Place = tuple[int, int]  # (stage, query tile)
+PutAway = Callable[[Tensor], "Kept"]
+
+
+class Kept(Protocol):
+    """A tensor put away, on the device or on the host (:class:`~torchtitan_upipe.memory.host_pool.HostCopy`)."""
+
+    def settle(self) -> None:
+        """Nothing holds the tensor's memory on the device any more, if it was put elsewhere."""
+
+    def read(self, rows: slice) -> Tensor:
+        """The rows ``[:, rows]`` on the device; the tensor stays here."""
+
+    def fetch(self) -> None:
+        """A hint that :meth:`get` comes soon."""
+
+    def get(self) -> Tensor:
+        """The tensor, which leaves."""
+
+
+@dataclass(frozen=True)
+class KeptOnDevice:
+    """:class:`Kept` where the tensor stays where it is."""
+
+    tensor: Tensor
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
+    def read(self, rows: slice) -> Tensor:
+        """A view."""
+        return self.tensor[:, rows]
+
+    def fetch(self) -> None:
+        """Nothing to do."""
+
+    def get(self) -> Tensor:
+        """The tensor itself."""
+        return self.tensor
 
 
 class Stash:
-    """Attention output and log-sum-exp of each stage of one layer, in one forward pass.
+    """Attention output and log-sum-exp of each stage and query tile of one layer, in one forward pass.
 
-    ``o [B, N, h, d]`` is kept in token layout (DESIGN: the stash and AC), so that running the block a second time needs
+    ``o [B, n, h, d]`` is kept in token layout (DESIGN: the stash and AC), so that running the block a second time needs
     neither attention nor an exchange. The stash only holds; who fills it and when is its owner's business.
+
+    Args:
+        put_away: where tensors go; by default they stay on the device.
+
+    Attributes:
+        complete: set by its owner once all stages are here.
+        put_away: see above.
     """
 
-    def __init__(self) -> None:
-        self._stages: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, put_away: PutAway = KeptOnDevice) -> None:
+        self.complete = False
+        self.put_away = put_away
+        self._kept: dict[Place, tuple[Kept, Kept]] = {}
+        self._newest: tuple[Kept, ...] = ()
 
-    def put(self, stage: int, o: Tensor, lse: Tensor) -> None:
-        """Keep ``o`` and ``lse [B, h, S]`` of ``stage``."""
-        self._stages[stage] = (o, lse)
+    def put(self, place: Place, o: Tensor, lse: Tensor) -> None:
+        """Keep ``o`` and ``lse [B, h, Sq]``. What was put before has had the time of a stage to leave the device."""
+        self.settle()
+        self._kept[place] = self._newest = (self.put_away(o), self.put_away(lse))
 
-    def get(self, stage: int) -> tuple[Tensor, Tensor] | None:
-        """``(o, lse)`` of ``stage``, which stay here, or None."""
-        return self._stages.get(stage)
+    def settle(self) -> None:
+        """Nothing put here takes memory on the device any more, unless the device is where it is kept."""
+        for kept in self._newest:
+            kept.settle()
+        self._newest = ()
 
-    def take(self, stage: int) -> tuple[Tensor, Tensor] | None:
-        """``(o, lse)`` of ``stage``, which leave the stash, or None."""
-        return self._stages.pop(stage, None)
+    def output(self, place: Place, rows: slice) -> Tensor:
+        """``o[:, rows]`` of ``place``, which stays here."""
+        return self._kept[place][0].read(rows)
+
+    def fetch(self, place: Place) -> None:
+        """A hint that ``place`` is taken next."""
+        for kept in self._kept.get(place, ()):
+            kept.fetch()
+
+    def take(self, place: Place) -> tuple[Tensor, Tensor] | None:
+        """``(o, lse)`` of ``place``, which leave the stash, or None."""
+        kept = self._kept.pop(place, None)
+        return None if kept is None else (kept[0].get(), kept[1].get())

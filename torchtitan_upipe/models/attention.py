@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Documents
-from torchtitan_upipe.models.rope import Rope
-
-RopeFromTable = Callable[[Tensor, Tensor], Rope]
+from torchtitan_upipe.models.rope import ROWS, Rope, RopeOfModel
 
 
 @dataclass(frozen=True)
@@ -29,19 +26,37 @@ class NormThenRope:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
         return self.rope(heads if norm_weight is None else self._norm(heads, norm_weight))
 
-    def vjp(self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def apply_(self, heads: Tensor, norm_weight: Tensor | None, rows: slice) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
-        grad = self.rope.inverse(grad)
+        if norm_weight is not None:
+            normed = torch.empty_like(heads)
+            for first in range(0, heads.shape[1], ROWS):
+                at = slice(first, first + ROWS)
+                normed[:, at] = self._norm(heads[:, at], norm_weight)
+            heads = normed
+        return self.rope.rotate_(heads, rows)
+
+    def vjp_(
+        self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
+        grad = self.rope.rotate_(grad, rows, inverse=True)
         if norm_weight is None:
             return grad, None
         if heads is None:
             raise ValueError("the gradient of a norm needs the heads that were normalised")
         wide = accumulate_dtype(norm_weight.dtype)  # the caller sums d_weight over stages
-        with torch.enable_grad():
-            inputs = heads.detach().to(wide).requires_grad_(), norm_weight.detach().to(wide).requires_grad_()
-            out = self._norm(*inputs)
-        d_heads, d_weight = torch.autograd.grad(out, inputs, grad.to(wide))
-        return d_heads.to(grad.dtype), d_weight
+        weight = norm_weight.detach().to(wide).requires_grad_()
+        d_weight = torch.zeros_like(weight)
+        for first in range(0, grad.shape[1], ROWS):
+            at = slice(first, first + ROWS)
+            with torch.enable_grad():
+                inputs = heads[:, at].detach().to(wide).requires_grad_(), weight
+                out = self._norm(*inputs)
+            d_heads, d_part = torch.autograd.grad(out, inputs, grad[:, at].to(wide))
+            grad[:, at] = d_heads
+            d_weight += d_part
+        return grad, d_weight
 
     def _norm(self, heads: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(heads, weight.shape, weight, self.norm_eps)
@@ -55,7 +70,8 @@ class ContextParallelAttention(nn.Module):
     Args:
         attention: TorchTitan's Llama3 or Qwen3 attention; its children are taken over.
         method: the context-parallel method.
-        rope_from_table: from the model's position table and this rank's positions to a :class:`Rope`.
+        rope: how the model rotates.
+        frequencies: ``[d/2]`` float64, of its RoPE.
         document_mask: refuse to run without documents.
     """
 
@@ -63,7 +79,8 @@ class ContextParallelAttention(nn.Module):
         self,
         attention: nn.Module,
         method: ContextParallelMethod,
-        rope_from_table: RopeFromTable,
+        rope: RopeOfModel,
+        frequencies: Tensor,
         document_mask: bool = False,
     ) -> None:
         super().__init__()
@@ -76,7 +93,7 @@ class ContextParallelAttention(nn.Module):
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
         self.method = method
         self.document_mask = document_mask
-        self._rope_from_table = rope_from_table
+        self._rope, self._frequencies = rope, frequencies  # no buffer: FSDP would cast it to bfloat16
         self._titan_class: Any = type(attention)
 
     def init_weights(self, init_std: float) -> None:
@@ -90,7 +107,7 @@ class ContextParallelAttention(nn.Module):
 
         Args:
             x: ``[B, N, D]``.
-            rope_table: the model's position table.
+            rope_table: TorchTitan's table of all positions, not read: angles are computed for this rank's positions.
             attention_masks: the :class:`Documents` of the whole sequences, or None for one document each.
             positions: ``[B, N]`` positions of the tokens for RoPE; None means ``0 .. N-1``.
 
@@ -126,7 +143,7 @@ class ContextParallelAttention(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
             x, weights = x.to(dtype), weights.to(dtype)
         transform = NormThenRope(
-            self._rope_from_table(rope_table, positions.long()),
+            Rope(self._frequencies.to(x.device), positions.long(), self._rope.interleaved),
             norm_eps=0.0 if self.q_norm is None else float(self.q_norm.eps or 0.0),
         )
         with torch.autocast(device_type, enabled=False):

@@ -1,51 +1,112 @@
-"""Rotary position embedding of head shards, with its inverse."""
+"""Rotary position embedding of head shards, with its inverse, for any positions and without a table of them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ROWS = 8192  # tokens rotated at a time: what bounds the float32 temporaries
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotation of ``[B, N, h, d]`` by each token's position (RoFormer, arXiv 2104.09864).
+    """Rotation of ``[B, n, h, d]`` by each token's position (RoFormer, arXiv 2104.09864).
+
+    Angles are float64 products, rounded to the heads' working precision once reduced to one turn: a float32 product,
+    as a table holds it, is off by up to 0.3 rad at position 5,000,000. No more than ``ROWS`` tokens are in float32 at
+    a time.
 
     Attributes:
-        cos: ``[B or 1, N, 1, d/2]``, float32.
-        sin: like ``cos``.
+        frequencies: ``[d/2]``, float64: radians per position.
+        positions: ``[B or 1, N]`` int64, of this rank's tokens.
         interleaved: pairs are ``(0, 1), (2, 3), ..`` (Llama in TorchTitan's layout); else ``(i, i + d/2)`` (Qwen).
     """
 
-    cos: Tensor
-    sin: Tensor
+    frequencies: Tensor
+    positions: Tensor
     interleaved: bool
 
     def __call__(self, heads: Tensor) -> Tensor:
-        """Rotate, in float32 (float64 for float64 heads); shape and dtype stay."""
-        return self._rotate(heads, self.sin)
+        """Rotate the heads of all tokens, in float32 (float64 for float64); a new tensor, differentiable."""
+        return _Rotate.apply(heads, self)
 
-    def inverse(self, heads: Tensor) -> Tensor:
-        """Rotate back: the inverse and, a rotation being orthogonal, also the transpose."""
-        return self._rotate(heads, -self.sin)
+    def rotate_(self, heads: Tensor, rows: slice = slice(None), *, inverse: bool = False) -> Tensor:
+        """Rotate the heads of the tokens ``rows`` in place, or back; returns ``heads``.
 
-    def _rotate(self, heads: Tensor, sin: Tensor) -> Tensor:
-        wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
-        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else wide.chunk(2, dim=-1)
-        rotated = (a * self.cos - b * sin, a * sin + b * self.cos)
-        out = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
-        return out.to(heads.dtype)
+        Back is the inverse and, a rotation being orthogonal, also the transpose.
+        """
+        positions = self.positions[:, rows]
+        for first in range(0, heads.shape[1], ROWS):
+            at = slice(first, first + ROWS)
+            part = heads[:, at]
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            angles = positions[:, at, None, None].double() * self.frequencies  # [B or 1, n, 1, d/2]
+            angles = angles.remainder(2 * math.pi).to(wide.dtype)
+            cos, sin = angles.cos(), -angles.sin() if inverse else angles.sin()
+            a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else wide.chunk(2, dim=-1)
+            rotated = (a * cos - b * sin, a * sin + b * cos)
+            part.copy_(torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1))
+        return heads
 
 
-def llama_rope(freqs_cis: Tensor, positions: Tensor) -> Rope:
-    """From TorchTitan's Llama table ``[max_seq_len, d/2]`` complex64 and ``positions [B or 1, N]``."""
-    angles = torch.view_as_real(freqs_cis)[positions].unsqueeze(2)  # [B, N, 1, d/2, 2]
-    return Rope(angles[..., 0], angles[..., 1], interleaved=True)
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, rope: Rope) -> Tensor:
+        ctx.rope = rope
+        return rope.rotate_(heads.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.rope.rotate_(grads[0].clone(), inverse=True), None
 
 
-def qwen_rope(rope_cache: Tensor, positions: Tensor) -> Rope:
-    """From TorchTitan's Qwen table ``[max_seq_len, 2*d]`` (cos twice, sin twice) and ``positions [B or 1, N]``."""
-    half = rope_cache.shape[-1] // 4
-    angles = rope_cache[positions].unsqueeze(2)  # [B, N, 1, 2*d]
-    return Rope(angles[..., :half], angles[..., 2 * half : 3 * half], interleaved=False)
+@dataclass(frozen=True)
+class RopeOfModel:
+    """How one of TorchTitan's models rotates.
+
+    Attributes:
+        table: name of the model's buffer of angles for all positions.
+        frequencies: from the model's arguments to ``[d/2]`` float64.
+        interleaved: see :class:`Rope`.
+    """
+
+    table: str
+    frequencies: Callable[[Any], Tensor]
+    interleaved: bool
+
+    def drop_table(self, model: nn.Module) -> None:
+        """Let ``model``, on the meta device, have an empty table: at 5M positions it takes 2.7 GB and is not read."""
+        setattr(model, f"_precompute_{self.table}", lambda: torch.empty(0))
+        setattr(model, self.table, torch.empty(0, device="meta"))
+
+
+def llama_frequencies(model_args: Any) -> Tensor:
+    """Frequencies of TorchTitan's Llama3, with the scaling of long wavelengths that came with Llama 3.1."""
+    scaling = model_args.rope_scaling_args
+    plain = _frequencies(model_args.dim // model_args.n_heads, model_args.rope_theta)
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # within the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return plain * ((1 - kept) / scaling.scaling_factor + kept)
+
+
+def qwen_frequencies(model_args: Any) -> Tensor:
+    """Frequencies of TorchTitan's Qwen3."""
+    return _frequencies(model_args.head_dim, model_args.rope_theta)
+
+
+def _frequencies(head_dim: int, theta: float) -> Tensor:
+    """``theta^(-2i/d)``, in float32 like the models' own and then widened: a checkpoint was trained with these."""
+    exponents = torch.arange(0, head_dim, 2).float() / head_dim
+    return (1.0 / theta**exponents).double()
+
+
+LLAMA_ROPE = RopeOfModel("freqs_cis", llama_frequencies, interleaved=True)
+QWEN_ROPE = RopeOfModel("rope_cache", qwen_frequencies, interleaved=False)

@@ -1,0 +1,123 @@
+"""What joins the stages: the output from all stages' heads, and the gradients of ``x`` and of the weights.
+
+``y`` and ``dx`` are sums over all heads. Adding a stage's share to a running sum would round once a stage, or hold the
+sum in float32; instead the stages' heads are kept in their own dtype until all are there, and each tile of rows then
+takes one matrix product over all of them. That is both the smallest and the most accurate way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtitan_upipe.cp.head_schedule import HeadSchedule
+from torchtitan_upipe.cp.shards import runs
+from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+from torchtitan_upipe.kernels.visibility import Interval
+from torchtitan_upipe.memory.stash import Kept, PutAway, Stash
+
+ROWS = 8192  # tokens of one matrix product over all heads
+SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
+
+
+def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval], x: Tensor, wo: Tensor) -> Tensor:
+    """The layer's output ``y [B, N, D]``, like ``x``, from the stages' outputs in ``stash``; ``wo [D, H*d]``."""
+    y = torch.empty_like(x)
+    for t, (start, stop) in enumerate(tiles):
+        for rows in _slices(start, stop):
+            inner = slice(rows.start - start, rows.stop - start)
+            heads = x.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
+            by_head = heads.unflatten(-1, (schedule.num_heads, -1))
+            for s, stage in enumerate(schedule.stages):
+                _put_heads(by_head, stage.queries.distinct, stash.output((s, t), inner))
+            y[:, rows] = F.linear(heads, wo)
+    return y
+
+
+@dataclass
+class LayerGradients:
+    """Gradients of ``x [B, N, D]`` and of the weights, collected stage by stage.
+
+    Rows of the weight gradients are written where they belong. The heads' gradients wait for ``dx`` where the stash has
+    put the stages' outputs: each takes the place that an output has left.
+    """
+
+    x: Tensor
+    weights: AttentionWeights
+    head_dim: int
+    put_away: PutAway
+    weight_grads: dict[str, Tensor] = field(init=False)
+    _heads: list[tuple[str, tuple[int, ...], Kept]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.weight_grads = {
+            name: torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype) if name in SUMMED else weight.dtype)
+            for name, weight in vars(self.weights).items()
+            if weight is not None
+        }
+
+    def add_projection(self, name: str, heads: tuple[int, ...], grad: Tensor) -> None:
+        """``grad [B, N, n, d]`` of the projection ``name`` (``"wq"``, ``"wk"``, ``"wv"``) of ``heads``; it is kept."""
+        flat = grad.flatten(0, 1).flatten(1)  # [B*N, n*d]
+        d_rows = (flat.t() @ self.x.flatten(0, 1)).unflatten(0, (-1, self.head_dim))  # [n, d, D]
+        d_weight = self.weight_grads[name].unflatten(0, (-1, self.head_dim))  # [H, d, D], a view
+        for source, target in runs(heads):
+            d_weight[target] += d_rows[source]
+        self.settle()
+        self._heads.append((name, heads, self.put_away(grad)))
+
+    def settle(self) -> None:
+        """No heads' gradient takes memory on the device any more, unless the device is where it is kept."""
+        if self._heads:
+            self._heads[-1][-1].settle()
+
+    def add_output(self, heads: Sequence[int], o: Tensor, dy: Tensor) -> None:
+        """Add to the columns of ``dWo`` of ``heads``, from ``o [B, n, h, d]`` and ``dy [B, n, D]`` of some tokens."""
+        d_columns = (dy.flatten(0, 1).t() @ o.flatten(0, 1).flatten(1)).unflatten(1, (-1, self.head_dim))
+        d_weight = self.weight_grads["wo"].unflatten(1, (-1, self.head_dim))  # [D, H, d], a view
+        for source, target in runs(heads):
+            d_weight[:, target] += d_columns[:, source]
+
+    def add_norm(self, name: str, grad: Tensor | None) -> None:
+        """``grad [d]`` of ``q_norm`` or ``k_norm``, or None where the model has none."""
+        if grad is not None:
+            self.weight_grads[name] += grad
+
+    def weight(self, name: str) -> Tensor | None:
+        """The gradient of weight ``name`` in its dtype, or None where the model has no such weight."""
+        grad = self.weight_grads.get(name)
+        return None if grad is None else grad.to(getattr(self.weights, name).dtype)
+
+    def input(self) -> Tensor:
+        """``dx [B, N, D]``: one product over the query, key and value heads of all stages."""
+        names = ("wq", "wk", "wv")
+        weights = torch.cat([getattr(self.weights, name) for name in names])  # [(H + 2*G)*d, D]
+        sizes = [getattr(self.weights, name).shape[0] for name in names]
+        dx = torch.empty_like(self.x)
+        self.settle()
+        for rows in _slices(0, self.x.shape[1]):
+            heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
+            targets = dict(zip(names, heads.split(sizes, dim=-1), strict=True))
+            for name, placed, kept in self._heads:
+                grad = kept.read(rows)
+                _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad, add=name != "wq")
+            dx[:, rows] = heads @ weights
+        return dx
+
+
+def _slices(start: int, stop: int) -> Iterator[slice]:
+    return (slice(first, min(first + ROWS, stop)) for first in range(start, stop, ROWS))
+
+
+def _put_heads(target: Tensor, heads: Iterable[int], source: Tensor, add: bool = False) -> None:
+    """Write ``source [B, n, h, d]`` to the heads ``heads`` of ``target [B, n, H, d]``, or add it to them."""
+    for at, to in runs(tuple(heads)):
+        if add:
+            target[:, :, to] += source[:, :, at]
+        else:
+            target[:, :, to] = source[:, :, at]

@@ -1,0 +1,116 @@
+"""The feed-forward half of a block in tiles of rows: norm, SwiGLU (arXiv 2002.05202) and the residual sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchtitan_upipe.tiled.norm import rms_norm_backward
+from torchtitan_upipe.tiled.tiles import add_weight_gradient, tiles, zeros_to_sum
+
+
+def tiled_feed_forward(
+    h: Tensor, norm_weight: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *, eps: float, tile_size: int
+) -> Tensor:
+    """``h + w2(silu(w1(n)) * w3(n))`` with ``n = rms_norm(h)``, keeping ``h`` alone for the backward pass.
+
+    Backward computes a tile's inner tensors again, four of ``[tile_size, F]`` at most at a time, and sums the
+    gradients of the weights over tiles in float32 (float64 for float64).
+
+    Args:
+        h: ``[..., D]``. May be wider than the weights (autocast): the norm then has the dtype of ``h``, the products
+            that of the weights.
+        norm_weight: ``[D]``.
+        w1: gate, ``[F, D]``, as ``nn.Linear`` stores it.
+        w2: down, ``[D, F]``.
+        w3: up, ``[F, D]``.
+        eps: of the norm.
+        tile_size: rows per tile; the last tile may be shorter.
+
+    Returns:
+        Like ``h``.
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        h = _Keep.apply(h, norm_weight, w1, w2, w3)
+        return _TiledFeedForward.apply(h.grad_fn, tile_size, eps, h, norm_weight, w1, w2, w3)
+
+
+class _Keep(torch.autograd.Function):
+    """Saves the tensors that the feed-forward's backward needs; the value is the first.
+
+    Activation checkpointing ends a block's second run with the last tensor to be saved. Saved ahead of the work, that
+    run leaves the feed-forward's forward out; saved by the feed-forward itself, it would be computed for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None
+
+
+class _TiledFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kept: Any,
+        tile_size: int,
+        eps: float,
+        h: Tensor,
+        norm_weight: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+    ) -> Tensor:
+        ctx.kept, ctx.tile_size, ctx.eps = kept, tile_size, eps
+        out = torch.empty_like(h, memory_format=torch.contiguous_format)
+        for h_tile, out_tile in zip(tiles(h, tile_size), tiles(out, tile_size), strict=True):
+            n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, eps).to(w1.dtype)
+            inner = F.silu(F.linear(n, w1))  # [tile_size, F]
+            inner *= F.linear(n, w3)
+            torch.add(h_tile, F.linear(inner, w2), out=out_tile)
+            del n, inner
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, norm_weight, w1, w2, w3 = ctx.kept.saved_tensors
+        dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+        d_norm, d_w1, d_w2, d_w3 = (zeros_to_sum(w) for w in (norm_weight, w1, w2, w3))
+
+        for h_tile, d_out, dh_tile in zip(*(tiles(t, ctx.tile_size) for t in (h, grads[0], dh)), strict=True):
+            # forward again, up to w2
+            n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, ctx.eps).to(w1.dtype)
+            gate, up = F.linear(n, w1), F.linear(n, w3)  # [tile_size, F]
+            activation = F.silu(gate)
+
+            # back through w2
+            dy = d_out.to(w2.dtype)
+            add_weight_gradient(d_w2, dy, activation * up)
+            d_inner = dy @ w2
+
+            # back to the outputs of w1 and w3; each product takes the place of a factor no longer needed
+            d_up = activation.mul_(d_inner)
+            d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
+            del gate, up, activation, d_inner, dy
+            add_weight_gradient(d_w1, d_gate, n)
+            add_weight_gradient(d_w3, d_up, n)
+
+            # back through the norm; the residual's gradient is d_out itself
+            dn = torch.addmm(d_gate @ w1, d_up, w3)
+            del d_gate, d_up, n
+            dh_wide, d_norm_tile = rms_norm_backward(dn, h_tile, norm_weight, ctx.eps)
+            torch.add(d_out, dh_wide, out=dh_tile)
+            d_norm += d_norm_tile
+            del dn, dh_wide
+
+        d_weights = (d.to(w.dtype) for d, w in zip((d_norm, d_w1, d_w2, d_w3), (norm_weight, w1, w2, w3), strict=True))
+        return None, None, None, dh, *d_weights
