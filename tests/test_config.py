@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import ROOT, job_args
-from torchtitan_upipe.train import read_job
+from torchtitan_upipe.train import SPECS, load_config, read_job, validate_job
 
 QWEN = {"model__name": "qwen3_upipe"}
 
@@ -176,8 +176,30 @@ def test_sections_are_known_without_naming_the_module(tmp_path: Path, monkeypatc
     assert config.parallelism.context_parallel_load_balancer is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.stem)
+JOB_FILES = sorted((ROOT / "train_configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda p: p.stem)
 def test_shipped_jobs_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPUs they are written for; only the tokenizer, which is downloaded with a model, stands in."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(
+        ["--job.config_file", str(path), "--model.hf_assets_path", "torchtitan_upipe/assets/tokenizer"]
+    )
+    p = config.parallelism
+    world_size = p.context_parallel_degree * p.data_parallel_replicate_degree * p.data_parallel_shard_degree
+    validate_job(config, SPECS[config.model.name]().model_args[config.model.flavor], world_size, "cuda")
+    assert len(path.read_text().splitlines()) < 80
+    assert config.activation_checkpoint.mode == "full"
+
+
+def test_the_debug_job_is_accepted_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert read_job(["--job.config_file", str(path)]).training.steps > 0
+    assert read_job(["--job.config_file", "train_configs/llama3_debug.toml"]).training.steps > 0
+
+
+def test_jobs_of_the_published_contexts_are_there() -> None:
+    names = {path.stem for path in JOB_FILES}
+    contexts = ["128k", "256k", "512k", "1m", "2m", "3m", "4m", "5m"]
+    assert names >= {f"llama3_8b_{c}" for c in contexts} | {f"qwen3_32b_{c}" for c in contexts[:-1]}

@@ -1,0 +1,1 @@
+"""Commands that compare methods: ``ab`` (a sweep), ``report`` (beside the paper), ``rehearse`` (one rank of many)."""

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Start a job on this node, one rank per GPU, with torchrun from the active environment; installs nothing.
+#
+#   bash scripts/launch.sh train_configs/llama3_8b_1m.toml                              one node
+#   bash scripts/launch.sh train_configs/x.toml --context_parallel.method ulysses ...   any field of the job file
+#
+# On several nodes run it once on each:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node bash scripts/launch.sh train_configs/llama3_8b_8m_16gpus.toml
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=first-node bash scripts/launch.sh train_configs/llama3_8b_8m_16gpus.toml
+#
+#   NGPU       ranks per node (default 8)        MASTER_PORT   port of the first node (default 29500)
+#   MODULE     what to run (default torchtitan_upipe.train)
+#   LOG_RANK   the local ranks whose output is shown (default 0)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+config="${1:?the job file comes first, e.g. train_configs/llama3_8b_1m.toml}"
+shift
+
+if [ "${NNODES:-1}" -gt 1 ]; then
+  nodes=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK, 0 to NNODES - 1}"
+    --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the name of the first node}" --master_port "${MASTER_PORT:-29500}")
+else
+  nodes=(--standalone)
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
+exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+  -m "${MODULE:-torchtitan_upipe.train}" --job.config_file "$config" "$@"
