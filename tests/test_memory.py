@@ -97,7 +97,12 @@ def test_the_legs_agree(case: Case, dry_runs: dict[Case, Prediction]) -> None:
 def test_every_switch_changes_the_prediction() -> None:
     """More knobs, less memory; and what leaves the device stands on the host."""
     knobs = (
-        (),
+        (
+            "--model.flavor",
+            "debug",
+            "--context_parallel.head_chunk",
+            "8",
+        ),  # four layers: offload shows from the third on
         ("--context_parallel.tile_size", "512"),
         ("--context_parallel.stash", "host"),
         ("--activation_checkpoint.offload",),
@@ -106,7 +111,7 @@ def test_every_switch_changes_the_prediction() -> None:
     )
     steps = list(itertools.accumulate(knobs))
     found = [ledger(Case("llama3_upipe", "upipe", 1, 2, "full", extra)) for extra in steps]
-    attention = "layers.1.attention backward"
+    attention = "layers.3.attention backward"
     for less, more in itertools.pairwise(reversed(found)):
         assert less.device_bytes <= more.device_bytes
         assert less.moments[attention] <= more.moments[attention]
