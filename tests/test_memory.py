@@ -102,7 +102,7 @@ def test_every_switch_changes_the_prediction() -> None:
             "debug",
             "--context_parallel.head_chunk",
             "8",
-        ),  # four layers: offload shows from the third on
+        ),  # four layers: offload shows
         ("--context_parallel.tile_size", "512"),
         ("--context_parallel.stash", "host"),
         ("--activation_checkpoint.offload",),
@@ -117,10 +117,8 @@ def test_every_switch_changes_the_prediction() -> None:
         assert less.moments[attention] <= more.moments[attention]
         assert less.device_bytes < more.device_bytes or less.moments[attention] < more.moments[attention]
     assert found[-1].host_bytes > found[0].host_bytes
-    assert (
-        ledger(CASES[0], workspace=False).moments["layers.1.attention backward"]
-        < (ledger(CASES[0]).moments["layers.1.attention backward"])
-    )
+    all_heads = Case("llama3_upipe", "ulysses", 1, 8, "full", ("--context_parallel.tile_size", "512"))
+    assert ledger(all_heads, workspace=False).device_bytes < ledger(all_heads).device_bytes
 
 
 def test_the_table_shows_both_legs(capsys: pytest.CaptureFixture[str]) -> None:
