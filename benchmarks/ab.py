@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import cuda
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.config import JobConfig
 
@@ -106,7 +107,12 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def run_sweep(sweep: Sweep, predict: Predict = predict) -> list[Record]:
+def predict_here(config: JobConfig) -> Prediction | None:
+    """The ledger's prediction for this machine: CPU kernels have no workspace that counts."""
+    return predict(config, workspace=cuda.is_available())
+
+
+def run_sweep(sweep: Sweep, predict: Predict = predict_here) -> list[Record]:
     """Run what is missing of the sweep; return the records of all its runs.
 
     Raises:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torchtitan.config import JobConfig
 
+from torchtitan_upipe.memory import ledger
+from torchtitan_upipe.memory.prediction import Prediction
 
-@dataclass(frozen=True)
-class Prediction:
-    """Peak bytes that one rank is predicted to need.
+__all__ = ["Prediction", "predict"]
 
-    Attributes:
-        device_bytes: device memory at the peak.
-        host_bytes: host memory for what is moved out of the device.
-        by_category: the parts of ``device_bytes``, e.g. parameters, optimizer, block inputs.
+
+def predict(config: JobConfig, *, workspace: bool = True) -> Prediction | None:
+    """Predict the memory of one rank of the job; None where nothing predicts, and then no column shows one.
+
+    Args:
+        config: the job.
+        workspace: count what the attention kernel's backward holds beside its results, as GPU kernels do.
     """
-
-    device_bytes: int
-    host_bytes: int
-    by_category: dict[str, int]
-
-
-def predict(config: JobConfig) -> Prediction | None:
-    """Predict the memory of one rank of the job; None where nothing predicts, and then no column shows one."""
-    return None
+    if config.context_parallel.method == "torchtitan":
+        return None
+    return ledger.predict(config, workspace=workspace)

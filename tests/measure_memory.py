@@ -13,11 +13,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.jobs import ROOT, job_args
 from tests.measure import table
 from tests.ranks import run_ranks
 from torchtitan_upipe.cp.attention import LocalAttention
@@ -27,8 +30,10 @@ from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
+from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.kernels.simulated import SimulatedKernel
+from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.live_bytes import LiveBytes
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import NormThenRope
@@ -145,7 +150,7 @@ def timed(seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - start)
 
 
-def step_times(length: int, arms: list[tuple[str, int, int, str]], rounds: int) -> list[list[float]]:
+def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> list[list[float]]:
     """Seconds of one layer's forward and backward, arm after arm, ``rounds`` times."""
     rank, degree = dist.get_rank(), dist.get_world_size()
     heads, kv_heads, width, dim = 8, 2, 64, 512
@@ -160,13 +165,13 @@ def step_times(length: int, arms: list[tuple[str, int, int, str]], rounds: int) 
     transform = NormThenRope(Rope(torch.rand(width // 2, dtype=torch.float64), positions, interleaved=True), 1e-6)
     seconds: list[list[float]] = [[] for _ in arms]
     for _ in range(rounds):
-        for (method, chunk, tiles, stash), found in zip(arms, seconds, strict=True):
+        for (method, chunk, tiles), found in zip(arms, seconds, strict=True):
             layer = build_method(
                 method,
                 num_heads=heads,
                 num_kv_heads=kv_heads,
                 head_chunk=chunk,
-                new_stash=Stash if stash == "device" else None,
+                new_stash=Stash,
                 query_tiles=tiles,
                 ulysses_group=dist.group.WORLD,
                 ring_group=None,
@@ -179,7 +184,12 @@ def step_times(length: int, arms: list[tuple[str, int, int, str]], rounds: int) 
 
 def times() -> str:
     """UPipe's time over Ulysses'."""
-    arms = [("ulysses", 0, 1, "device"), ("upipe", 2, 1, "device"), ("upipe", 2, 4, "device"), ("upipe", 1, 1, "device")]
+    arms = [
+        ("ulysses", 0, 1, "device"),
+        ("upipe", 2, 1, "device"),
+        ("upipe", 2, 4, "device"),
+        ("upipe", 1, 1, "device"),
+    ]
     rows = []
     for length, rounds in ((8192, 9), (16384, 5)):
         seconds = run_ranks(step_times, 2, length, arms, rounds, timeout=1200)[0]
@@ -187,3 +197,122 @@ def times() -> str:
         rows.append((length, f"{first:.2f} s", *(f"{other / first:.3f}x" for other in others)))
     columns = ("Ulysses", "UPipe, U = C", "UPipe, U = C, 4 query tiles", "UPipe, U = C/2 (two ranks share a head)")
     return table(("S", *columns), rows)
+
+
+def steps_rank(args: list[str]) -> float:
+    """Seconds of a training run of three steps, of which the first one counts as warm-up."""
+    from torchtitan_upipe.train import Trainer, read_job
+
+    trainer = Trainer(read_job(args))
+    stamps: list[float] = []
+    step = trainer.train_step
+
+    def stamped(*arguments: object) -> None:
+        step(*arguments)  # type: ignore[arg-type]
+        stamps.append(time.perf_counter())
+
+    trainer.train_step = stamped  # type: ignore[method-assign]
+    trainer.train()
+    trainer.close()
+    return stamps[-1] - stamps[0]
+
+
+def checkpointing_times() -> str:
+    """Training steps under full activation checkpointing with and without a stash, arms in turn."""
+    seconds: dict[str, list[float]] = {"none": [], "device": [], "host": []}
+    for stash in [*seconds] * 2:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"context_parallel__head_chunk": 2, "activation_checkpoint__mode": "full", "training__steps": 3}
+            args = job_args(Path(folder), 2, training__seq_len=16384, context_parallel__stash=stash, **options)
+            seconds[stash].append(max(run_ranks(steps_rank, 2, args, init=False, timeout=900)) / 2)
+    bare = median(seconds["none"])
+    rows = [
+        (stash, f"{median(found):.1f} s", " / ".join(f"{s:.1f}" for s in found), f"{bare / median(found):.2f}x")
+        for stash, found in seconds.items()
+    ]
+    return table(("stash", "a step", "both runs", "faster than none"), rows)
+
+
+# --- the whole step, predicted --------------------------------------------------------------------------------------
+
+STEPS = [  # job file, million tokens, ranks, overrides
+    ("llama3_8b_5m", 5, 8, {"query_tiles": 1}),
+    ("llama3_8b_5m", 5, 8, {"query_tiles": 4}),
+    ("llama3_8b_5m", 5, 8, {"method": "ulysses", "head_chunk": 0}),
+    ("llama3_8b_5m", 8, 8, {"query_tiles": 4}),
+    ("qwen3_32b_4m", 6, 16, {"query_tiles": 4}),
+    ("llama3_8b_1m", 1, 1, {"query_tiles": 8, "tile_size": 8192}),
+]
+
+
+def whole_steps() -> str:
+    """Predicted peak of a training step."""
+    rows = []
+    for name, millions, ranks, overrides in STEPS:
+        options = {
+            "training.seq_len": millions * 2**20,
+            "parallelism.context_parallel_degree": ranks,
+            "context_parallel.stash": "host" if overrides.get("method", "upipe") == "upipe" else "none",
+            "context_parallel.stash_budget_gib": 0,
+            "context_parallel.query_tiles": 1,
+            "training.dtype": "float32" if ranks > 1 else "bfloat16",
+            **{f"context_parallel.{key}": value for key, value in overrides.items()},
+        }
+        args = ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), "--activation_checkpoint.offload"]
+        args += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        config = read_job(args, ranks, SIMULATED)
+        full, bare = (predict(config, ranks, workspace=workspace) for workspace in (True, False))
+        rows.append(
+            (
+                f"{config.model.name.split('_')[0]} {config.model.flavor}",
+                f"{millions}M",
+                ranks,
+                ", ".join(f"{key} {value}" for key, value in overrides.items()),
+                f"{full.device_bytes / 2**30:.1f} ({bare.device_bytes / 2**30:.1f})",
+                f"{full.host_bytes / 2**30:.0f}",
+                full.moment,
+            )
+        )
+    columns = ("model", "tokens", "ranks", "", "device GiB (workspace not counted)", "host GiB a rank", "moment")
+    return table(columns, rows)
+
+
+PAGE = """# Measured and predicted: memory, and what it costs in time
+
+Made by `python -m tests.measure_memory docs/memory.md` with {versions}. `u` is one hidden tensor `[B, N, D]` of a rank
+in bfloat16. Nothing here ran on a GPU.
+
+## One attention layer: simulated
+
+Peak of forward and backward in bfloat16 at 3M tokens, simulated: the real layer on fake tensors, every storage counted
+from its making to its end. Counted: the input x, one more hidden tensor that stays (dy, held by the residual), all that
+the layer makes, gradients of weights included. Not counted: weights, host memory. "Workspace" is what
+FlashAttention-2's backward holds beside its results: a float32 dq and, with fewer KV than query heads in a call, dk and dv for each query
+head. T is `query_tiles`.
+{layer_peaks}
+## The whole step: predicted
+
+One rank's peak in one training step by the ledger (`python -m torchtitan_upipe.memory`): FSDP2 over all ranks, AdamW,
+full activation checkpointing with block inputs in host memory, tiles of 8192 rows, stash in host memory. On one rank
+TorchTitan applies no FSDP2, so that its CPU offload of the optimizer does nothing there, and parameters, gradients and
+optimizer, all bfloat16, take 59 GiB.
+{whole_steps}
+## Time of one layer
+
+Forward and backward on 2 ranks (H = 8, G = 2, d = 64, D = 512, float32), arms in turn, medians.
+{times}
+## Time of a training step under full activation checkpointing
+
+2 ranks, S = 16384, `debug_kv2`, float32, U = C = 2; arms in turn, two runs of two timed steps each.
+{checkpointing_times}"""
+
+
+def main(path: Path) -> None:
+    """Write the whole page."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    parts = (layer_peaks, whole_steps, times, checkpointing_times)
+    path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -33,7 +33,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_unsupported(config, model_args)
-    _check_offload(config)
+    _check_offload(config, world_size)
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         _check_files(config)
@@ -187,8 +187,13 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         )
 
 
-def _check_offload(config: JobConfig) -> None:
+def _check_offload(config: JobConfig, world_size: int) -> None:
     checkpointing = config.activation_checkpoint
+    if config.training.enable_cpu_offload and world_size == config.parallelism.data_parallel_replicate_degree:
+        raise ValueError(
+            "training.enable_cpu_offload = true moves what FSDP2 shards, and TorchTitan shards nothing where every rank "
+            "is a replica; remove it, or set data_parallel_shard_degree or context_parallel_degree above 1."
+        )
     if checkpointing.offload and checkpointing.mode != "full":
         raise ValueError(
             f"activation_checkpoint.offload = true moves the inputs of checkpointed blocks, but mode = "
