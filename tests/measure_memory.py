@@ -287,8 +287,8 @@ in bfloat16. Nothing here ran on a GPU.
 Peak of forward and backward in bfloat16 at 3M tokens, simulated: the real layer on fake tensors, every storage counted
 from its making to its end. Counted: the input x, one more hidden tensor that stays (dy, held by the residual), all that
 the layer makes, gradients of weights included. Not counted: weights, host memory. "Workspace" is what
-FlashAttention-2's backward holds beside its results: a float32 dq and, with fewer KV than query heads in a call, dk and dv for each query
-head. T is `query_tiles`.
+FlashAttention-2's backward holds beside its results: a float32 dq and, with fewer KV than query heads in a call, dk and
+dv for each query head. T is `query_tiles`.
 {layer_peaks}
 ## The whole step: predicted
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import pytest
@@ -49,21 +50,23 @@ SHAPES = {
 PACKED = ((0, 5, 6, 29, 41), (0,))
 
 
+STASHES = ("device", "none", "host/3", "none/5", "host")  # and how many query tiles
+
+
 def packed(shape: Shape) -> Shape:
     return replace(shape, starts=PACKED[: shape.batch])
 
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
-    """Every method, stash, split of ``degree`` into ulysses x ring (all ring: pure ring), and up to 6 head chunks."""
+    """Every method, split of ``degree`` into ulysses x ring (all ring: pure ring), and up to 6 head chunks."""
     which: list[Variant] = []
     for ring in [r for r in (1, 2, 4) if degree % r == 0]:
         chunks = sorted({round_head_chunk(shape.heads, degree // ring, u) for u in range(1, shape.heads + 1)})
         if len(chunks) > 6:
             chunks = chunks[:: len(chunks) // 3]  # 1, ..., H
         which.append(("ulysses", 0, "none", ring))
-        which += [("upipe", u, s, ring) for u in chunks for s in ("none", "device")]
-        which += [("upipe", chunks[0], "host", ring), ("upipe", chunks[len(chunks) // 2], "host/3", ring)]
-        which.append(("upipe", chunks[0], "none/5", ring))
+        kinds = islice(cycle(STASHES), shape.heads + ring, None)  # each shape pairs them with the chunks in its own way
+        which += [("upipe", u, stash, ring) for u, stash in zip(chunks, kinds, strict=False)]
     return which
 
 
@@ -145,9 +148,9 @@ def bfloat16_ratio(name: str, mask: str, degree: int) -> float:
     """The worst variant's error over the plain bfloat16 layer's own, of the output or of any gradient."""
     shape = replace(SHAPES[name], dim=128, head_dim=32, length=128)
     shape = shape if mask == "causal" else packed(shape)
-    which = [v for v in variants(shape, degree) if v[:3:2] != ("upipe", "none")]  # a stash changes no rounding
-    # a norm weight's gradient has 32 elements: one draw of its error says little, five say enough
-    squares = [bfloat16_square_errors(shape, degree, which, seed) for seed in range(5 if shape.norm else 1)]
+    which = variants(shape, degree)
+    # a norm weight's gradient has 32 elements: one draw of its error says little, four say enough
+    squares = [bfloat16_square_errors(shape, degree, which, seed) for seed in range(4 if shape.norm else 1)]
     return max(
         (sum(s[i][key] for s in squares) / sum(s[-1][key] for s in squares)) ** 0.5
         for i in range(len(which))

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from tests.jobs import ROOT, Log, from_seed, job_args, seed_checkpoint, train
 from tests.ranks import run_ranks
-from tests.reference import relative_error
 
 LLAMA = {"model__name": "llama3_upipe", "model__flavor": "debug_kv2"}  # H = 8, G = 2
 QWEN = {"model__name": "qwen3_upipe", "model__flavor": "debug"}  # H = 8, G = 4, H*d = 256, D = 192, q/k norm
@@ -146,72 +144,6 @@ def test_selective_checkpointing_by_operation(
         "activation_checkpoint__selective_ac_option": "op",
     }
     assert_same(train(tmp_path, 2, *from_seed(seeds["qwen3"]), **QWEN, **options), one_rank["qwen3"])
-
-
-# --- packed documents -----------------------------------------------------------------------------------------------
-
-PACKED = {"training__document_mask": True, "training__seq_len": 250}  # padded to 252 or 256 tokens on 4 ranks
-
-
-@pytest.fixture(scope="module")
-def short_documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Documents of 1 to 90 words, several in every sample."""
-    draw = random.Random(1)
-    file = tmp_path_factory.mktemp("short") / "documents.jsonl"
-    with file.open("w") as out:
-        for _ in range(400):
-            out.write(json.dumps({"text": " ".join(draw.choices("abcdefgh", k=draw.randint(1, 90)))}) + "\n")
-    return {"training__dataset": "local", "training__dataset_path": file}
-
-
-@pytest.fixture(scope="module")
-def packed_one_rank(
-    seeds: dict[str, Path], short_documents: dict[str, object], tmp_path_factory: pytest.TempPathFactory
-) -> Log:
-    folder = tmp_path_factory.mktemp("packed")
-    return train(folder, 1, *from_seed(seeds["llama3"]), **LLAMA, **ULYSSES, **short_documents, **PACKED)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_packed_documents_equal_one_rank(
-    method: str, seeds: dict[str, Path], short_documents: dict[str, object], packed_one_rank: Log, tmp_path: Path
-) -> None:
-    options = LLAMA | METHODS[method] | short_documents | PACKED
-    assert_same(train(tmp_path, 4, *from_seed(seeds["llama3"]), **options), packed_one_rank)
-
-
-def test_the_document_mask_changes_the_loss(
-    seeds: dict[str, Path], short_documents: dict[str, object], packed_one_rank: Log, tmp_path: Path
-) -> None:
-    options = LLAMA | ULYSSES | short_documents | PACKED | {"training__document_mask": False}
-    log = train(tmp_path, 1, *from_seed(seeds["llama3"]), **options)
-    assert abs(log.loss[0] - packed_one_rank.loss[0]) > 1e-3
-
-
-def documents_rank(args: list[str], tokens: Tensor) -> list[Tensor]:
-    """Logits of packed ``tokens``, and of each document alone, by a model that knows no documents."""
-    from torchtitan_upipe.train import Trainer, read_job
-
-    trainer = Trainer(read_job(args))
-    model = trainer.model_parts[0]
-    batch = {"input": tokens.unsqueeze(0)}
-    inputs, _, extra, kwargs = trainer.post_dataloading_process(batch, tokens.unsqueeze(0).clone())
-    ends = (tokens == trainer.tokenizer.eos_id).nonzero().flatten() + 1
-    for block in model.layers.values():
-        block.attention.document_mask = False
-    with torch.no_grad():
-        packed = model(inputs, **extra, **kwargs)
-        alone = [model(part.unsqueeze(0)) for part in tokens.tensor_split(ends)]
-    trainer.close()
-    return [packed, torch.cat(alone, dim=1)]
-
-
-def test_packed_documents_have_the_logits_that_each_has_alone(tmp_path: Path) -> None:
-    tokens = torch.randint(10, 2000, (100,), generator=torch.Generator().manual_seed(0))
-    tokens[[16, 17, 60]] = TOKENIZER.token_to_id("<|end_of_text|>")
-    args = job_args(tmp_path, 1, **LLAMA, **upipe(2), **PACKED)
-    packed, alone = run_ranks(documents_rank, 1, args, tokens, init=False)[0]
-    assert relative_error(packed, alone) < 1e-5
 
 
 # --- data parallelism -----------------------------------------------------------------------------------------------

@@ -191,8 +191,8 @@ def _check_offload(config: JobConfig, world_size: int) -> None:
     checkpointing = config.activation_checkpoint
     if config.training.enable_cpu_offload and world_size == config.parallelism.data_parallel_replicate_degree:
         raise ValueError(
-            "training.enable_cpu_offload = true moves what FSDP2 shards, and TorchTitan shards nothing where every rank "
-            "is a replica; remove it, or set data_parallel_shard_degree or context_parallel_degree above 1."
+            "training.enable_cpu_offload = true moves what FSDP2 shards, nothing where every rank is a replica; "
+            "remove it, or set data_parallel_shard_degree or context_parallel_degree above 1."
         )
     if checkpointing.offload and checkpointing.mode != "full":
         raise ValueError(
