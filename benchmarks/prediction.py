@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torchtitan_upipe.train  # noqa: F401  (chooses the device before torchtitan is imported; knows the models)
+from torchtitan.config import JobConfig
 
-from torchtitan.config import JobConfig  # isort: skip
 from torchtitan_upipe.memory import ledger
 from torchtitan_upipe.memory.prediction import Prediction
 
