@@ -67,7 +67,7 @@ class MeasuredTrainer(Trainer):
     """
 
     def __init__(self, config: JobConfig, warmup: int, steps: int) -> None:
-        self.meter: PeakMeter = CpuMeter(lambda: sum(self.held().values())) if device_type == "cpu" else CudaMeter()
+        self.meter: PeakMeter = CpuMeter() if device_type == "cpu" else CudaMeter()
         config.training.steps = warmup + steps + int(self.meter.own_step)
         config.metrics.log_freq = 1
         super().__init__(config)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import gc
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
-MEMORY_EVENT = "[memory]"  # the profiler's name for an allocation or a release
-MARK = "mark: "
+from torchtitan_upipe.memory.live_bytes import LiveBytes
 
 
 class PeakMeter(Protocol):
@@ -72,54 +71,42 @@ class CudaMeter:
 
 
 class CpuMeter:
-    """What the CPU allocator handed out and took back, as the profiler records it.
+    """Live tensor storages, watched operator by operator, from those that a step finds.
 
-    It sees every storage, also those that FSDP frees by resizing and those that live inside one operator. What a step
-    finds allocated was not recorded and is counted apart.
-
-    Args:
-        held: bytes that live through the whole step: parameters, buffers, optimizer state.
+    Not counted: what an operator allocates and frees within itself, and buffers that gloo's threads hold a while longer
+    than their tensors live, which differ from run to run.
     """
 
-    how = "live bytes of the CPU allocator in one further step that is not timed, with parameters and optimizer state"
+    how = "live tensor storages in one further step that is not timed, with parameters and optimizer state"
     own_step = True
 
-    def __init__(self, held: Callable[[], int]) -> None:
+    def __init__(self) -> None:
         self.peak = 0
         self.marks: list[tuple[str, int]] = []
-        self._held = held
+        self._watching: LiveBytes | None = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """See :class:`PeakMeter`."""
-        held = self._held()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+        gc.collect()
+        with LiveBytes() as self._watching:
+            for found in gc.get_objects():
+                if type(found) in (Tensor, nn.Parameter):
+                    self._watching.adopt(found)
             yield
-        live = held
-        for name, change in _memory_events(recorder):
-            live += change
-            self.peak = max(self.peak, live)
-            if name != MEMORY_EVENT:
-                self.marks.append((name.removeprefix(MARK), live))
+        self.peak = max(self.peak, self._watching.peak)
+        self._watching = None
 
     def mark(self, name: str) -> None:
         """See :class:`PeakMeter`."""
-        with record_function(MARK + name):
-            pass
+        if self._watching is not None:
+            self.marks.append((name, self._watching.live))
 
     def before_log(self) -> None:
-        """See :class:`PeakMeter`; nothing resets the allocator's record."""
+        """See :class:`PeakMeter`; nothing resets the record."""
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind ``tensors``, each once; of a DTensor, this rank's part."""
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
-
-
-def _memory_events(recorder: profile) -> list[tuple[str, int]]:
-    """Allocations, releases and marks in order of time, each with the bytes by which it changes what is live."""
-    events: list[Any] = recorder.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.name(), e.nbytes()) for e in events if e.name() == MEMORY_EVENT]
-    marks = [(e.start_ns(), e.name(), 0) for e in events if e.name().startswith(MARK)]
-    return [event[1:] for event in sorted(changes + marks, key=lambda event: event[0])]

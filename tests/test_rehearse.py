@@ -45,19 +45,29 @@ def test_a_job_out_of_memory_says_so(tmp_path: Path) -> None:
 
 
 def test_the_cpu_meter_sees_what_is_live() -> None:
-    before = torch.empty(3 * MIB, dtype=torch.uint8)
-    meter = peak.CpuMeter(lambda: 1000)
+    before, resized = torch.empty(3 * MIB, dtype=torch.uint8), torch.empty(5 * MIB, dtype=torch.uint8)
+    resized.untyped_storage().resize_(0)  # as FSDP2 leaves its gathered weights between steps
+    meter = peak.CpuMeter()
     with meter.watch():
+        meter.mark("start")
         a = torch.empty(MIB, dtype=torch.uint8)
-        meter.mark("one")
+        meter.mark("a")
         b = torch.empty(2 * MIB, dtype=torch.uint8)
-        meter.mark("three")
         b.untyped_storage().resize_(0)
+        meter.mark("b came and went")
+        resized.untyped_storage().resize_(5 * MIB)
+        meter.mark("gathered")
         del before
         c = torch.empty(MIB, dtype=torch.uint8)
-        meter.mark("two")
-    assert meter.marks == [("one", 1000 + MIB), ("three", 1000 + 3 * MIB), ("two", 1000 + 2 * MIB)]
-    assert meter.peak == 1000 + 3 * MIB
+        meter.mark("before went, c came")
+    (_, start), *marks = meter.marks
+    assert [(name, live - start) for name, live in marks] == [
+        ("a", MIB),
+        ("b came and went", MIB),
+        ("gathered", 6 * MIB),
+        ("before went, c came", 4 * MIB),
+    ]
+    assert meter.peak - start == 6 * MIB
     assert peak.storage_bytes([a, a[5:], c]) == 2 * MIB
 
 

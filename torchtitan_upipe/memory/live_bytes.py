@@ -89,6 +89,10 @@ class LiveBytes(TorchDispatchMode):
         """Do not count the storages of these tensors."""
         self._ignored |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Count the storage of ``tensor``, which was there before."""
+        self._watch(None, tensor)
+
     def restart(self) -> None:
         """Forget the peaks so far."""
         for usage in self.usage.values():
