@@ -130,10 +130,10 @@ def layer_peaks() -> str:
     for model in MODELS:
         for workspace in (True, False):
             peaks = [layer_peak(model, "ulysses", 1, "device", workspace)]
-            peaks += [layer_peak(model, "upipe", tiles, "host", workspace) for tiles in (1, 2, 4, 8)]
+            peaks += [layer_peak(model, "upipe", tiles, "host", workspace) for tiles in (1, 2, 4)]
             peaks.append(layer_peak(model, "upipe", 1, "device", workspace))
             rows.append((model.name, "yes" if workspace else "no", *(f"{peak:.2f}u" for peak in peaks)))
-    columns = ["Ulysses", *(f"UPipe, host, T={t}" for t in (1, 2, 4, 8)), "UPipe, device, T=1"]
+    columns = ["Ulysses", *(f"UPipe, host, T={t}" for t in (1, 2, 4)), "UPipe, device, T=1"]
     return table(("layer at 3M tokens, U = C", "workspace counted", *columns), rows)
 
 
