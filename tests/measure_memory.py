@@ -184,12 +184,7 @@ def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> li
 
 def times() -> str:
     """UPipe's time over Ulysses'."""
-    arms = [
-        ("ulysses", 0, 1, "device"),
-        ("upipe", 2, 1, "device"),
-        ("upipe", 2, 4, "device"),
-        ("upipe", 1, 1, "device"),
-    ]
+    arms = [("ulysses", 0, 1), ("upipe", 2, 1), ("upipe", 2, 4), ("upipe", 1, 1)]
     rows = []
     for length, rounds in ((8192, 9), (16384, 5)):
         seconds = run_ranks(step_times, 2, length, arms, rounds, timeout=1200)[0]
