@@ -119,9 +119,10 @@ def layer_peak(model: Model, method: str, tiles: int, stash: str, workspace: boo
             layer = UPipe(schedule, exchange, attention, new_stash, tiles)
         with LiveBytes() as meter:
             meter.ignore(dy, *(w for w in vars(weights).values() if w is not None))
+            meter.adopt(x)
             y = layer(x, weights, NormThenRope(rope, 1e-6), width)
             y.backward(dy)  # y stays: it stands for the residual's dy, which does
-        return meter.peak / x.nbytes + 1  # x was there before
+        return meter.peak / x.nbytes
 
 
 def layer_peaks() -> str:
