@@ -179,8 +179,9 @@ H = 16, G = 4, C = 4, S = 64, d = 16, float32; forward and backward together. `t
 
 Llama3-8B's heads (H = 32, G = 8) at C = 8, N = 2048 tokens a rank, d = 8, float32 on CPU; all tensors made during
 forward and backward, dx (1u) and weight gradients (0.3u) included; x, dy and weights not. `u` is one hidden tensor
-`[N, D]`. In float32 the running sums of y and dx are no wider than other tensors; in bfloat16 they are, and GPU kernels
-have workspaces of their own: these are not the figures of a bf16 run on GPUs.
+`[N, D]`. Products over all heads and RoPE work in slices of 8192 rows, which here are the whole shard and make UPipe's
+peak; at long contexts they are small (docs/memory.md). GPU kernels have workspaces of their own:
+these are not the figures of a bf16 run on GPUs.
 {memory}"""
 
 
