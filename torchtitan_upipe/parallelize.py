@@ -22,17 +22,18 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.data.sharding import degrees, length_divisor, load_balancer
+from torchtitan_upipe.data.sharding import degrees, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.host_pool import HostPool
 from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.memory.planner import fill_head_chunk
+from torchtitan_upipe.memory.shape import job_shape
 from torchtitan_upipe.memory.stash import Stash
 from torchtitan_upipe.models.attention import ContextParallelAttention
 from torchtitan_upipe.models.rope import RopeOfModel
 from torchtitan_upipe.models.tiled import tile_model
-from torchtitan_upipe.validate import attention_dtype, validate_job
+from torchtitan_upipe.validate import validate_job
 
 NewStash = Callable[[], Stash]
 
@@ -98,7 +99,7 @@ class Parallelize:
         cp = job_config.context_parallel
         ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
         kernel = build_kernel(cp.attention_kernel, device_type)
-        stashes = _stashes(job_config, model.model_args, pool)
+        stashes = _stashes(job_config, parallel_dims.world_size, pool)
         frequencies = self.rope.frequencies(model.model_args)
         self.rope.drop_table(model)
         blocks: Any = model.layers
@@ -154,34 +155,11 @@ def _describe(upipe: UPipe, stash: str, stashes: Sequence[NewStash | None]) -> s
     )
 
 
-def _stashes(job_config: JobConfig, model_args: Any, pool: HostPool) -> list[NewStash | None]:
+def _stashes(job_config: JobConfig, world_size: int, pool: HostPool) -> list[NewStash | None]:
     """What makes each layer's stash; None where attention is computed again in backward."""
-    cp, layers = job_config.context_parallel, model_args.n_layers
-    match cp.stash:
-        case "none":
-            return [None] * layers
-        case "device":
-            return [Stash] * layers
-        case _:
-            kept = min(layers, stashed_layers(job_config, model_args))
-            on_host: list[NewStash | None] = [partial(Stash, pool.put)] * kept
-            return on_host + [None] * (layers - kept)
-
-
-def stashed_layers(job_config: JobConfig, model_args: Any) -> int:
-    """How many layers' stashes ``stash_budget_gib`` has room for; all of them without a budget."""
-    budget = job_config.context_parallel.stash_budget_gib
-    return model_args.n_layers if budget == 0 else int(budget * 2**30 / stash_bytes(job_config, model_args))
-
-
-def stash_bytes(job_config: JobConfig, model_args: Any) -> int:
-    """Bytes of one layer's stash on a rank: ``o [B, N, H, d]`` and a float32 log-sum-exp of every row and head."""
-    cp, training = job_config.context_parallel, job_config.training
-    degree = job_config.parallelism.context_parallel_degree
-    divisor = length_divisor(*degrees(cp.method, degree, cp.ring_degree))
-    tokens = training.local_batch_size * (-(-training.seq_len // divisor) * divisor // degree)
-    head_dim = getattr(model_args, "head_dim", None) or model_args.dim // model_args.n_heads
-    return tokens * model_args.n_heads * (head_dim * attention_dtype(job_config).itemsize + 4)
+    job = job_shape(job_config, world_size)
+    makers: dict[str, NewStash | None] = {"none": None, "device": Stash, "host": partial(Stash, pool.put)}
+    return [makers[job.stash_of(layer)] for layer in range(job.model.layers)]
 
 
 def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) -> JobConfig:

@@ -23,12 +23,12 @@ from torchtitan.config import JobConfig
 from torchtitan_upipe.config import config_file
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.memory.planner import Budget, Plan, fastest, longest
+from torchtitan_upipe.memory.prediction import GIB
 from torchtitan_upipe.memory.shape import JobShape, job_shape, needed_ranks
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     f"{letter}iB": 2 ** (10 * i) for i, letter in enumerate("KMGT", 1)
 }
-GIB = 2**30
 
 
 @dataclass(frozen=True)

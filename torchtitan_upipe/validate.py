@@ -37,10 +37,10 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         _check_files(config)
-    check_kernel(config.context_parallel.attention_kernel, device_type, attention_dtype(config))
+    check_kernel(config.context_parallel.attention_kernel, device_type, _attention_dtype(config))
 
 
-def attention_dtype(config: JobConfig) -> torch.dtype:
+def _attention_dtype(config: JobConfig) -> torch.dtype:
     """The dtype of hidden states and of the weights that meet them."""
     training = config.training
     return TORCH_DTYPE_MAP["bfloat16" if training.dtype == "bfloat16" else training.mixed_precision_param]

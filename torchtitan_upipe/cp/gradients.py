@@ -7,7 +7,7 @@ takes one matrix product over all of them. That is both the smallest and the mos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.stash import Kept, PutAway, Stash
+from torchtitan_upipe.tiled.tiles import row_slices
 
 ROWS = 8192  # tokens of one matrix product over all heads
 SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
@@ -29,7 +30,7 @@ def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval],
     """The layer's output ``y [B, N, D]``, like ``x``, from the stages' outputs in ``stash``; ``wo [D, H*d]``."""
     y = torch.empty_like(x)
     for t, (start, stop) in enumerate(tiles):
-        for rows in _slices(start, stop):
+        for rows in row_slices(start, stop, ROWS):
             inner = slice(rows.start - start, rows.stop - start)
             heads = x.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
             by_head = heads.unflatten(-1, (schedule.num_heads, -1))
@@ -100,7 +101,7 @@ class LayerGradients:
         sizes = [getattr(self.weights, name).shape[0] for name in names]
         dx = torch.empty_like(self.x)
         self.settle()
-        for rows in _slices(0, self.x.shape[1]):
+        for rows in row_slices(0, self.x.shape[1], ROWS):
             heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
             targets = dict(zip(names, heads.split(sizes, dim=-1), strict=True))
             for name, placed, kept in self._heads:
@@ -108,10 +109,6 @@ class LayerGradients:
                 _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad, add=name != "wq")
             dx[:, rows] = heads @ weights
         return dx
-
-
-def _slices(start: int, stop: int) -> Iterator[slice]:
-    return (slice(first, min(first + ROWS, stop)) for first in range(start, stop, ROWS))
 
 
 def _put_heads(target: Tensor, heads: Iterable[int], source: Tensor, add: bool = False) -> None:

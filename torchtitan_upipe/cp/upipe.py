@@ -65,8 +65,8 @@ class UPipe:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
         stash, fill = self._block_stash, self._fill_block_stash
         if stash is None:
-            fill = self.new_stash is not None and torch.is_grad_enabled()
-            stash = self.new_stash() if self.new_stash is not None and fill else Stash()
+            new_stash = self.new_stash if torch.is_grad_enabled() else None
+            fill, stash = new_stash is not None, (new_stash or Stash)()
         return _UPipeLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
 
     def layer(
@@ -125,9 +125,8 @@ class _UPipeLayer(torch.autograd.Function):
         outputs = stash if fill else Stash()
         kv: dict[int, KVBlock] = {}
 
-        for index, stage in enumerate(upipe.schedule.stages):
-            if outputs.complete:  # the block's second run
-                break
+        stages = () if outputs.complete else upipe.schedule.stages  # complete: the block's second run
+        for index, stage in enumerate(stages):
             # project and exchange: k, v of a new KV set
             if any(stage.fetch.counts):
                 kv[index] = layer.fetch_kv(stage)

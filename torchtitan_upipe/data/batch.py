@@ -57,7 +57,7 @@ def shard_batch(
 
     mine = shard_positions(length + padding, rank, *layout)
     if documents is None:
-        positions = torch.where(mine < length, mine, 0).expand(batch, -1)  # padding needs no place in RoPE's table
+        positions = torch.where(mine < length, mine, 0).expand(batch, -1)  # padding stands at 0
         kwargs: dict[str, Any] = {}
     else:
         documents = pad_documents(documents, length, length + padding)

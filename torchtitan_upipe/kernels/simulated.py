@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+
 
 class SimulatedKernel:
     """Outputs of the contract's shapes and, in backward, the workspace of the kernel ``name`` stands for.
@@ -56,5 +58,4 @@ def workspace(q: Tensor, k: Tensor) -> None:
 
 
 def _row_values(q: Tensor) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)  # [B, h, S]
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulate_dtype(q.dtype))  # [B, h, S]

@@ -17,10 +17,8 @@ from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses t
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.memory.dry_run import DryRun, dry_run
 from torchtitan_upipe.memory.ledger import predict
-from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
+from torchtitan_upipe.memory.prediction import CATEGORIES, GIB, Prediction
 from torchtitan_upipe.memory.shape import needed_ranks
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,14 @@ class Account:
             else:
                 self._host[block.category] -= block.size
 
+    def recast(self, block: Block, size: int) -> Block:
+        """A copy of ``size`` bytes in the place of ``block``, as in another dtype; ``block`` where that is its size."""
+        if block.size == size:
+            return block
+        copy = self.hold(size)
+        self.free(block)
+        return copy
+
     def brief(self, *sizes: float, category: str = "") -> None:
         """Hold bytes side by side for a moment."""
         self.free(*[self.hold(size, category) for size in sizes])

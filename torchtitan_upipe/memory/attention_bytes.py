@@ -16,6 +16,7 @@ from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
 from torchtitan_upipe.memory.shape import JobShape
+from torchtitan_upipe.models import rope
 
 
 @dataclass
@@ -222,7 +223,7 @@ class UPipeBytes:
                 size = self.job.heads(block.heads, self.keys, self.job.wide)
                 block.sums = self.account.hold(size), self.account.hold(size)
             (dq,) = bytes_.backward(into=True)
-            parts.append(self._rounded(dq, self.job.heads(bytes_.heads, bytes_.row_count)))
+            parts.append(self.account.recast(dq, self.job.heads(bytes_.heads, bytes_.row_count)))
         if len(parts) == 1:
             return parts[0]
         joined = self.account.hold(sum(part.size for part in parts))
@@ -265,7 +266,7 @@ class UPipeBytes:
         """``dk`` (0) or ``dv`` (1) of the leaving sets at their tokens' owners; the sums go."""
         account, sent = self.account, []
         for kv in leaving:
-            sent.append(self._rounded(kv.sums[which], self.job.heads(kv.heads, self.keys)))
+            sent.append(self.account.recast(kv.sums[which], self.job.heads(kv.heads, self.keys)))
         if len(sent) > 1:
             sent.append(account.hold(sum(block.size for block in sent)))
         received = account.hold(self._tokens(stage.release, copies=True)) if self.job.ulysses > 1 else None
@@ -273,7 +274,7 @@ class UPipeBytes:
         wide = self.job.wide if copies else self.job.element
         result = account.hold(self._tokens(stage.release) * wide / self.job.element)
         account.free(*sent, *([] if received is None else [received]))
-        return self._rounded(result, self._tokens(stage.release))
+        return self.account.recast(result, self._tokens(stage.release))
 
     # --- the stash on the host ----------------------------------------------------------------------------------------
 
@@ -314,14 +315,6 @@ class UPipeBytes:
         width = self.job.model.head_dim * self.job.model.dim * self.job.element
         return len(placement.distinct) * width if copied else 0
 
-    def _rounded(self, block: Block, size: int) -> Block:
-        """``block`` in the dtype of the activations, of ``size`` bytes."""
-        if block.size == size:
-            return block
-        rounded = self.account.hold(size)
-        self.account.free(block)
-        return rounded
-
     def _keys_to_heads(self, placement: HeadPlacement, tokens: Block) -> Block:
         if self.job.ulysses == 1:
             return tokens
@@ -347,8 +340,8 @@ class UPipeBytes:
 
 
 def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool = False) -> None:
-    """RoPE of ``size`` bytes of heads, ``ROWS`` tokens at a time in float32; and the gradient of a norm before it."""
-    rows = min(ROWS, job.tokens)
+    """RoPE of ``size`` bytes of heads, ``rope.ROWS`` tokens at a time in float32; the gradient of a norm before it."""
+    rows = min(rope.ROWS, job.tokens)
     wide = size * job.wide / job.element * rows / job.tokens
     copies = wide if job.element < job.wide else 0
     again = wide / 2 if job.tokens > rows else 0  # of the slice before

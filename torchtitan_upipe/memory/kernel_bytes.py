@@ -69,7 +69,7 @@ class AttentionBytes:
             rows = piece.rows[1] - piece.rows[0]
             out, lse = self._out(rows), self._lse(rows)
             for _ in rectangles(piece)[1:]:
-                out, lse = self._widened(out, rows), lse
+                out = self.account.recast(out, self._size(rows, self.heads, self.wide))
                 part = self._out(rows), self._lse(rows)
                 self._merge(rows)
                 self.account.free(*part)
@@ -156,18 +156,5 @@ class AttentionBytes:
     def _lse(self, rows: int) -> Block:
         return self.account.hold(self._lse_size(rows))
 
-    def _widened(self, out: Block, rows: int) -> Block:
-        size = self._size(rows, self.heads, self.wide)
-        if out.size == size:
-            return out
-        wide = self.account.hold(size)
-        self.account.free(out)
-        return wide
-
     def _rounded(self, out: Block) -> Block:
-        size = self._size(self.row_count, self.heads)
-        if out.size == size:
-            return out
-        rounded = self.account.hold(size)
-        self.account.free(out)
-        return rounded
+        return self.account.recast(out, self._size(self.row_count, self.heads))

@@ -11,14 +11,13 @@ from torchtitan.config import JobConfig
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
 from torchtitan_upipe.device import SIMULATED, memory_of_rank
 from torchtitan_upipe.memory.ledger import predict_shape
-from torchtitan_upipe.memory.prediction import Prediction
+from torchtitan_upipe.memory.prediction import GIB, Prediction
 from torchtitan_upipe.memory.shape import JobShape, job_shape
 
 TILE_SIZES = (32768, 16384, 8192)
 QUERY_TILES = (1, 2, 4, 8)
 STASHES = ("device", "host", "none")  # the last computes attention a second time
 LONGEST = 2**28  # tokens; no search goes beyond
-GIB = 2**30
 RESERVE = {"cuda": 4 * GIB, "cpu": 0}  # the device's context, buffers of the communication library, fragmentation
 
 

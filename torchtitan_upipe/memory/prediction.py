@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+GIB = 2**30
+
 CATEGORIES = (
     "parameters",  # this rank's shards
     "gradients",  # this rank's shards, and whole weights' gradients until they are reduced

@@ -138,13 +138,10 @@ class UlyssesBytes:
 
     def _rounded(self, call: AttentionBytes) -> list[Block]:
         """``dq, dk, dv`` in the dtype of the activations."""
-        rounded = []
         sizes = ((call.heads, call.row_count), (call.kv_heads, call.keys), (call.kv_heads, call.keys))
-        for grad, size in zip(call.backward(), (self.job.heads(*size) for size in sizes), strict=True):
-            rounded.append(grad if grad.size == size else self.account.hold(size))
-            if grad.size != size:
-                self.account.free(grad)
-        return rounded
+        return [
+            self.account.recast(grad, self.job.heads(*size)) for grad, size in zip(call.backward(), sizes, strict=True)
+        ]
 
     def _calls(self, stage: Stage) -> list[AttentionBytes]:
         rows = stage.rows(self.job.tokens).computed_by(self.at)

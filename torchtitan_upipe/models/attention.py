@@ -13,6 +13,7 @@ from torchtitan_upipe.cp.strategy import AttentionWeights, ContextParallelMethod
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.models.rope import ROWS, Rope, RopeOfModel
+from torchtitan_upipe.tiled.tiles import row_slices
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class NormThenRope:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
         if norm_weight is not None:
             normed = torch.empty_like(heads)
-            for first in range(0, heads.shape[1], ROWS):
-                at = slice(first, first + ROWS)
+            for at in row_slices(0, heads.shape[1], ROWS):
                 normed[:, at] = self._norm(heads[:, at], norm_weight)
             heads = normed
         return self.rope.rotate_(heads, rows)
@@ -48,8 +48,7 @@ class NormThenRope:
         wide = accumulate_dtype(norm_weight.dtype)  # the caller sums d_weight over stages
         weight = norm_weight.detach().to(wide).requires_grad_()
         d_weight = torch.zeros_like(weight)
-        for first in range(0, grad.shape[1], ROWS):
-            at = slice(first, first + ROWS)
+        for at in row_slices(0, grad.shape[1], ROWS):
             with torch.enable_grad():
                 inputs = heads[:, at].detach().to(wide).requires_grad_(), weight
                 out = self._norm(*inputs)

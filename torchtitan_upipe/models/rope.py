@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchtitan_upipe.kernels.contract import accumulate_dtype
+from torchtitan_upipe.tiled.tiles import row_slices
+
 ROWS = 8192  # tokens rotated at a time: what bounds the float32 temporaries
 
 
@@ -42,10 +45,9 @@ class Rope:
         Back is the inverse and, a rotation being orthogonal, also the transpose.
         """
         positions = self.positions[:, rows]
-        for first in range(0, heads.shape[1], ROWS):
-            at = slice(first, first + ROWS)
+        for at in row_slices(0, heads.shape[1], ROWS):
             part = heads[:, at]
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            wide = part.to(accumulate_dtype(part.dtype))
             angles = positions[:, at, None, None].double() * self.frequencies  # [B or 1, n, 1, d/2]
             angles = angles.remainder(2 * math.pi).to(wide.dtype)
             cos, sin = angles.cos(), -angles.sin() if inverse else angles.sin()

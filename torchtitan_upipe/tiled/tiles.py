@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+
+def row_slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Rows ``[start, stop)`` in slices of ``size``, the last maybe shorter."""
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def tiles(x: Tensor, tile_size: int) -> tuple[Tensor, ...]:
