@@ -1,3 +1,3 @@
 """Commands that compare methods: ``ab`` (a sweep), ``report`` (beside the paper), ``rehearse`` (one rank of many)."""
 
-import torchtitan_upipe.train  # noqa: F401  (first: chooses the device before torchtitan is imported, knows the models)
+import torchtitan_upipe.titan.specs  # noqa: F401  (first: it chooses the device before torchtitan is imported)

@@ -42,7 +42,7 @@ from benchmarks.arms import (
 from benchmarks.prediction import Prediction, predict
 from benchmarks.publish import publish
 from benchmarks.results import Record, ResultsFile
-from torchtitan_upipe.config import load_config
+from torchtitan_upipe.job.load import load_config
 
 Predict = Callable[[JobConfig], Prediction | None]
 KILLED = "Signal 9 (SIGKILL)"  # torchrun's words for it

@@ -17,9 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.train import Trainer, read_job  # first: it makes the CPU a device of TorchTitan
-
-# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,9 +27,10 @@ from torchtitan.tools.utils import device_module, device_type
 from benchmarks.environment import environment
 from benchmarks.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange, Traffic
-from torchtitan_upipe.models.attention import ContextParallelAttention
-
-OUT_OF_HOST_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+from torchtitan_upipe.device import is_out_of_memory
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.titan.attention import ContextParallelAttention
+from torchtitan_upipe.titan.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -196,11 +194,8 @@ def summary(config: JobConfig, ranks: Sequence[RankMeasurement], warmup: int, ho
 def failure(error: BaseException) -> dict[str, Any]:
     """The JSON object of a run that failed: ``"OOM"`` for device or host memory, else ``"failed"``."""
     text = str(error).strip().partition("\n")[0]
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error) for sign in OUT_OF_HOST_MEMORY
-    )
     reason = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-    return {"status": "OOM" if out_of_memory else "failed", "reason": reason}
+    return {"status": "OOM" if is_out_of_memory(error) else "failed", "reason": reason}
 
 
 def write_first(path: Path, result: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan_upipe.memory.live_bytes import LiveBytes
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 
 
 class PeakMeter(Protocol):

@@ -21,9 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import MeasuredTrainer  # first: it makes the CPU a device of TorchTitan
-
-# isort: split
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.config import JobConfig
@@ -34,9 +31,10 @@ from torchtitan.tools.utils import device_module, device_type
 from benchmarks.arms import spell_length
 from benchmarks.environment import environment
 from benchmarks.local_group import join_alone
+from benchmarks.measured import MeasuredTrainer
 from benchmarks.peak import storage_bytes
 from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_rate
-from torchtitan_upipe.train import read_job
+from torchtitan_upipe.job.read import read_job
 
 ROOT = Path(__file__).parent.parent
 TEXT = ["--training.dataset", "stdlib", "--model.hf_assets_path", str(ROOT / "torchtitan_upipe/assets/tokenizer")]

@@ -28,7 +28,7 @@ from benchmarks.tables import (
     spell_prediction,
     spell_rate,
 )
-from torchtitan_upipe.config import load_config
+from torchtitan_upipe.job.load import load_config
 
 ROOT = Path(__file__).parent.parent
 PAPER = Path(__file__).parent / "data" / "paper_throughput.csv"

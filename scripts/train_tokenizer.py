@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_upipe.data.text import load_stdlib
-from torchtitan_upipe.models.flavors import VOCAB_SIZE
+from torchtitan_upipe.titan.flavors import VOCAB_SIZE
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 

@@ -30,7 +30,7 @@ from tests.test_layer import (
 )
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.strategy import AttentionWeights
-from torchtitan_upipe.memory.live_bytes import LiveBytes
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 
 # Llama3-8B's heads (32 query, 8 KV, C = 8) at a sixteenth of its width; N = 2048 tokens a rank keep weights small.
 MEMORY_SHAPE = Shape(32, 8, head_dim=8, dim=256, length=16384)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
+from torchtitan_upipe.job.read import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
 
 import torch
 import torch.distributed as dist
@@ -27,17 +27,17 @@ from torchtitan_upipe.cp.attention import LocalAttention
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
+from torchtitan_upipe.cp.rope import Rope
 from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.cp.transform import NormThenRope
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.kernels.simulated import SimulatedKernel
 from torchtitan_upipe.memory.ledger import predict
-from torchtitan_upipe.memory.live_bytes import LiveBytes
-from torchtitan_upipe.memory.stash import Stash
-from torchtitan_upipe.models.attention import NormThenRope
-from torchtitan_upipe.models.rope import Rope
+from torchtitan_upipe.stash.stash import Stash
 
 THREE_MILLION = 3 * 2**20
 
@@ -197,7 +197,8 @@ def times() -> str:
 
 def steps_rank(args: list[str]) -> float:
     """Seconds of a training run of three steps, of which the first one counts as warm-up."""
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     stamps: list[float] = []

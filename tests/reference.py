@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtitan_upipe.cp.rope import Rope
 from torchtitan_upipe.cp.strategy import AttentionWeights
+from torchtitan_upipe.cp.transform import NormThenRope
 from torchtitan_upipe.data.documents import positions_in_documents
 from torchtitan_upipe.kernels.visibility import Documents
-from torchtitan_upipe.models.attention import NormThenRope
-from torchtitan_upipe.models.rope import Rope
 
 EPS = 1e-6
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from tests.strategies import patient
 from torchtitan_upipe.data.documents import find_documents, pad_documents, positions_in_documents
 from torchtitan_upipe.data.sharding import length_divisor, shard_positions
+from torchtitan_upipe.job.load import load_config
 from torchtitan_upipe.kernels.visibility import Documents
-from torchtitan_upipe.train import load_config, shard_batch
+from torchtitan_upipe.titan.batch import shard_batch
 
 BATCH, EOS, IGNORED = 2, 0, -100  # what torch.nn.functional.cross_entropy ignores
 

@@ -12,9 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.train import SPECS, read_job, validate_job  # first: it makes the CPU a device of TorchTitan
-
-# isort: split
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +22,10 @@ from benchmarks.prediction import Prediction
 from benchmarks.publish import publish
 from tests.jobs import ROOT, job_args
 from tests.test_config import JOB_FILES
-from torchtitan_upipe.config import load_config
+from torchtitan_upipe.job.check import validate_job
+from torchtitan_upipe.job.load import load_config
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.titan.specs import SPECS
 
 MIB = 2**20
 LABELS = ("measured", "predicted", "published", "no prediction", "failed", "killed")

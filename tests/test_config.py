@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import ROOT, job_args
-from torchtitan_upipe.train import SPECS, load_config, read_job, validate_job
+from torchtitan_upipe.job.check import validate_job
+from torchtitan_upipe.job.load import load_config
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.titan.specs import SPECS
 
 QWEN = {"model__name": "qwen3_upipe"}
 

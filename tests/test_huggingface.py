@@ -63,7 +63,8 @@ def qwen() -> PreTrainedModel:
 
 
 def logits_rank(args: list[str], tokens: Tensor) -> Tensor:
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     assert trainer.checkpointer.load()

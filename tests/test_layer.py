@@ -25,9 +25,9 @@ from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.kernels.select import build_kernel
-from torchtitan_upipe.memory.host_pool import HostPool
-from torchtitan_upipe.memory.stash import Stash
-from torchtitan_upipe.parallelize import StashForBothRuns
+from torchtitan_upipe.stash.host_pool import HostPool
+from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.titan.parallelize import StashForBothRuns
 
 Variant = tuple[str, int, str, int]  # method, head chunk, stash (and query tiles, as in "host/3"), ring degree
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from torchtitan_upipe.train import read_job  # isort: skip  (first: the device is chosen before torchtitan is imported)
 from tests.jobs import ROOT
+from torchtitan_upipe.dry_run.dry_run import DryRun, dry_run
+from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.memory.__main__ import main as memory_main
-from torchtitan_upipe.memory.dry_run import DryRun, dry_run
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from torchtitan_upipe.memory.host_pool import HostCopy, HostPool
-from torchtitan_upipe.memory.live_bytes import LiveBytes
-from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
+from torchtitan_upipe.stash.host_pool import HostCopy, HostPool
+from torchtitan_upipe.stash.offload import BlockOffload, OffloadedBlock
 
 BLOCKS, N, D = 6, 64, 16
 U = N * D * 4  # bytes of a block's input

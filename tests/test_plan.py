@@ -11,10 +11,10 @@ import torch
 
 from torchtitan_upipe import train  # isort: skip  (first: the device is chosen before torchtitan is imported)
 from tests.jobs import job_args
+from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory import planner
 from torchtitan_upipe.memory.ledger import predict, predict_shape
 from torchtitan_upipe.memory.planner import Budget, candidates, fastest, longest
-from torchtitan_upipe.memory.shape import JobShape, job_shape
 from torchtitan_upipe.plan import main, parse_bytes
 
 

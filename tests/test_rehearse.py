@@ -7,9 +7,6 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from torchtitan_upipe.train import read_job  # first: it makes the CPU a device of TorchTitan
-
-# isort: split
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +16,7 @@ from benchmarks.local_group import join_alone
 from tests.jobs import job_args
 from tests.ranks import run_ranks
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
+from torchtitan_upipe.job.read import read_job
 
 MIB = 2**20
 

@@ -11,9 +11,10 @@ from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.qwen3.model.model import apply_rotary_emb as apply_rotary_emb_qwen
 from torchtitan.models.qwen3.model.model import precompute_rope_cache
 
-from torchtitan_upipe.memory.live_bytes import LiveBytes
-from torchtitan_upipe.models import rope as rope_module
-from torchtitan_upipe.models.rope import Rope, llama_frequencies, qwen_frequencies
+from torchtitan_upipe.cp import rope as rope_module
+from torchtitan_upipe.cp.rope import Rope
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
+from torchtitan_upipe.titan.rope import llama_frequencies, qwen_frequencies
 
 LENGTH = 8192
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from tests.reference import relative_error
-from torchtitan_upipe.memory.live_bytes import LiveBytes
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 from torchtitan_upipe.tiled.loss import tiled_cross_entropy
 from torchtitan_upipe.tiled.mlp import tiled_feed_forward
 from torchtitan_upipe.tiled.norm import tiled_rms_norm

@@ -17,7 +17,7 @@ from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.stash.stash import Stash
 
 WIDTH = 2
 

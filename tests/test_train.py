@@ -107,7 +107,8 @@ def traffic_of_one_step(args: list[str]) -> list[tuple[int, int]]:
     """All-to-all calls and bytes of every layer in one training step."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     trainer.train()
@@ -328,7 +329,7 @@ def test_dry_run_with_a_fake_backend(tmp_path: Path) -> None:
 def stock_trainer_rank(args: list[str]) -> str:
     import torchtitan.train
 
-    from torchtitan_upipe.train import read_job
+    from torchtitan_upipe.job.read import read_job
 
     trainer = torchtitan.train.Trainer(read_job(args))
     tokens = torch.zeros(1, 256, dtype=torch.long)
@@ -348,7 +349,8 @@ def attention_forwards(args: list[str]) -> tuple[int, int]:
     """Floating-point operations of attention's forward and backward in one training step of this rank."""
     import torch.utils.flop_counter as flops
 
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     with flops.FlopCounterMode(display=False, custom_mapping=cpu_attention_flops()) as counter:

@@ -58,7 +58,8 @@ def test_the_document_mask_changes_the_loss(
 
 def documents_rank(args: list[str], tokens: Tensor) -> list[Tensor]:
     """Logits of packed ``tokens``, and of each document alone, by a model that knows no documents."""
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     model = trainer.model_parts[0]

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import torchtitan_upipe.train  # noqa: F401  # before any import of torchtitan
 from tests.jobs import Log, job_args, train
 from tests.ranks import run_ranks
 from tests.reference import relative_error
 from tests.test_tiled import Largest
-from torchtitan_upipe.models.flavors import VOCAB_SIZE
-from torchtitan_upipe.models.tiled import summed_loss, tile_model
-from torchtitan_upipe.train_spec import SPECS
+from torchtitan_upipe.titan.flavors import VOCAB_SIZE
+from torchtitan_upipe.titan.specs import SPECS
+from torchtitan_upipe.titan.tiled import summed_loss, tile_model
 
 LLAMA = {"model__name": "llama3_upipe", "model__flavor": "debug_kv2"}
 TIED = {"model__name": "qwen3_upipe", "model__flavor": "debug_tied"}
@@ -158,8 +157,9 @@ class Collectives(TorchDispatchMode):
 
 def watch_three_steps(args: list[str]) -> tuple[dict[str, int], list[tuple[int, int]]]:
     """Collectives of the last of three steps; bytes of the host pool, and in use, after each step."""
-    from torchtitan_upipe.memory.offload import OffloadedBlock
-    from torchtitan_upipe.train import Trainer, read_job
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.stash.offload import OffloadedBlock
+    from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
     block = trainer.model_parts[0].layers["0"]

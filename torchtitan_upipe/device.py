@@ -24,6 +24,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak resident set size
 STATUS = Path("/proc/self/status")
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory")
 SIMULATED = "simulated"  # device type of dry runs: told apart from host memory, holds only fake tensors
 
 
@@ -56,7 +57,7 @@ def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
     if "torchtitan.tools.utils" in sys.modules:
         raise RuntimeError(
             "torchtitan was imported before its device was set; start the job with "
-            "`torchrun -m torchtitan_upipe.train`, or import torchtitan_upipe.train first."
+            "`torchrun -m torchtitan_upipe.train`, or import torchtitan_upipe.titan first."
         )
     get_device_module = torch._utils._get_device_module
     torch._utils._get_available_device_type = lambda: device_type
@@ -129,7 +130,7 @@ class SimulatedModule(CpuModule):
         return SIMULATED
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
-        """Nothing: dry runs are watched from outside (``memory/live_bytes.py``)."""
+        """Nothing: dry runs are watched from outside (``dry_run/live_bytes.py``)."""
         return dict.fromkeys(super().memory_stats(), 0)
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
@@ -157,6 +158,11 @@ def memory_of_rank(device_type: str) -> int:
     module = torch._utils._get_device_module(device_type)
     total: int = module.get_device_properties(module.current_device()).total_memory
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device_type == "cpu" else total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; CPU and pinned allocators say so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def prepare_for_gloo(model: nn.Module) -> None:

@@ -11,20 +11,22 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
-from torchtitan.config import JobConfig
-
-from torchtitan_upipe.config import config_file
+import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.job.load import config_file
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
 from torchtitan_upipe.memory.planner import Budget, Plan, fastest, longest
 from torchtitan_upipe.memory.prediction import GIB
-from torchtitan_upipe.memory.shape import JobShape, job_shape, needed_ranks
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     f"{letter}iB": 2 ** (10 * i) for i, letter in enumerate("KMGT", 1)

@@ -1,50 +1,11 @@
 """The models ``llama3_upipe`` and ``qwen3_upipe``; name this module in ``[experimental] custom_import``.
 
-Importing it registers them with TorchTitan, together with the datasets of ``data/text.py``: that is how TorchTitan's
+Importing it registers them with TorchTitan, together with the project's datasets: that is how TorchTitan's
 ``custom_import`` finds plugins.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from torchtitan_upipe.titan.specs import llama3_spec, qwen3_spec
 
-from torchtitan.models import llama3, qwen3
-from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
-
-from torchtitan_upipe.data.text import register_datasets
-from torchtitan_upipe.evaluate import build_validator
-from torchtitan_upipe.models.adapter import AnyDegreeLlama3Adapter
-from torchtitan_upipe.models.flavors import LLAMA3_DEBUG, QWEN3_DEBUG
-from torchtitan_upipe.models.rope import LLAMA_ROPE, QWEN_ROPE
-from torchtitan_upipe.parallelize import Parallelize
-
-
-def llama3_spec() -> TrainSpec:
-    """TorchTitan's Llama3, its flavors and adapters, with the plugin's parallelize function and debug flavors."""
-    spec = llama3.get_train_spec()
-    return replace(
-        spec,
-        model_args={**spec.model_args, **LLAMA3_DEBUG},
-        parallelize_fn=Parallelize(spec.parallelize_fn, LLAMA_ROPE),
-        pipelining_fn=None,
-        build_validator_fn=build_validator,
-        state_dict_adapter=AnyDegreeLlama3Adapter,
-    )
-
-
-def qwen3_spec() -> TrainSpec:
-    """TorchTitan's Qwen3, its flavors and adapters, with the plugin's parallelize function and debug flavors."""
-    spec = qwen3.get_train_spec()
-    return replace(
-        spec,
-        model_args={**spec.model_args, **QWEN3_DEBUG},
-        parallelize_fn=Parallelize(spec.parallelize_fn, QWEN_ROPE),
-        build_validator_fn=build_validator,
-    )
-
-
-SPECS = {"llama3_upipe": llama3_spec, "qwen3_upipe": qwen3_spec}
-
-register_datasets()
-for _name, _spec in SPECS.items():
-    register_train_spec(_name, _spec())
+__all__ = ["llama3_spec", "qwen3_spec"]

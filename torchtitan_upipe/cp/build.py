@@ -14,7 +14,7 @@ from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.kernels.contract import AttentionKernel
-from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.stash.stash import Stash
 
 
 def build_method(

@@ -19,7 +19,7 @@ from torchtitan_upipe.cp.shards import runs
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Interval
-from torchtitan_upipe.memory.stash import Kept, PutAway, Stash
+from torchtitan_upipe.stash.stash import Kept, PutAway, Stash
 from torchtitan_upipe.tiled.tiles import row_slices
 
 ROWS = 8192  # tokens of one matrix product over all heads

@@ -23,7 +23,7 @@ from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.stage import ALL_ROWS, KVBlock, StageLayer
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
-from torchtitan_upipe.memory.stash import Stash
+from torchtitan_upipe.stash.stash import Stash
 
 
 class UPipe:

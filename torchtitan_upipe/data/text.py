@@ -1,23 +1,19 @@
-"""Text without a download: the standard library's source, or local files. Both join TorchTitan's own datasets."""
+"""Text without a download: the standard library's source, or local files of text."""
 
 from __future__ import annotations
 
+import json
 import sysconfig
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, IterableDataset
 
-LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}  # suffix -> loader of `datasets`
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
-
-
-def register_datasets() -> None:
-    """Add ``"stdlib"`` and ``"local"`` to the datasets that TorchTitan knows by name."""
-    DATASETS["stdlib"] = DatasetConfig(path="", loader=load_stdlib, sample_processor=_text_of)
-    DATASETS["local"] = DatasetConfig(path="", loader=load_local, sample_processor=_text_of)
+COLUMN = "text"  # of .jsonl and .parquet
 
 
 def load_stdlib(path: str = "") -> Dataset:
@@ -25,64 +21,116 @@ def load_stdlib(path: str = "") -> Dataset:
 
     Args:
         path: another folder of Python sources instead.
+
+    Raises:
+        ValueError: the folder has no Python source.
     """
     root = Path(path or sysconfig.get_path("stdlib"))
     files = [f for f in sorted(root.rglob("*.py")) if not SKIPPED_FOLDERS & set(f.relative_to(root).parts)]
     texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
-    return Dataset.from_dict({"text": [text for text in texts if text.strip()]})
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(
+            f'{str(root)!r} holds no Python source (.py), which dataset = "stdlib" reads; for {_kinds()} files set '
+            'dataset = "local".'
+        )
+    return Dataset.from_dict({COLUMN: texts})
 
 
 def load_local(path: str) -> IterableDataset:
     """Documents of a file or of all files below a folder: ``.txt`` (one a file), ``.jsonl``, ``.parquet`` (one a row).
 
-    Rows are streamed; each needs a string column ``text``.
+    Files are read as training goes on, in the order of their paths; blank documents are left out.
 
     Raises:
-        ValueError: there is no such file, or a file has no column ``text``.
+        ValueError: there is no such file, or none holds text. A file that cannot be read is named once it is met.
     """
-    by_loader: dict[str, list[str]] = {}
-    for file in find_files(path):
-        by_loader.setdefault(LOADERS[file.suffix], []).append(str(file))
-    parts = []
-    for loader, files in by_loader.items():
-        options = {"sample_by": "document"} if loader == "text" else {}
-        part = load_dataset(loader, data_files=files, split="train", streaming=True, **options)
-        row = next(iter(part), None)
-        if row is not None and "text" not in row:
-            raise ValueError(f"{files[0]} has no column 'text' but {', '.join(map(repr, row))}; rename the column.")
-        parts.append(part.select_columns("text"))
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    files = [str(file) for file in find_files(path)]
+    if not files:
+        raise ValueError(f"{path!r} holds no {_kinds()} file.")
+    if next(read_documents(files), None) is None:
+        raise ValueError(f"{path!r} holds no text: its {len(files)} files are empty or blank.")
+    return IterableDataset.from_generator(read_documents, gen_kwargs={"files": files})
+
+
+def text_of(sample: dict[str, Any]) -> str:
+    """The text of a row of either dataset."""
+    text: str = sample[COLUMN]
+    return text
 
 
 def find_files(path: str) -> list[Path]:
     """The readable files at ``path`` (a file, or a folder searched in depth), sorted; empty if there are none."""
     root = Path(path)
     files = [root] if root.is_file() else sorted(root.rglob("*"))
-    return [f for f in files if f.is_file() and f.suffix in LOADERS]
+    return [f for f in files if f.is_file() and f.suffix in READERS]
 
 
-def check_dataset(section: str, name: str, path: str | None) -> None:
-    """Refuse a dataset that is not there.
+def read_documents(files: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows ``{"text": ...}`` of ``files``, blank ones left out.
 
     Raises:
-        ValueError: unknown name, or a path that does not exist or holds nothing readable.
+        ValueError: what is wrong, with the file and the line or row.
     """
-    if name.lower() not in DATASETS:
-        raise ValueError(f"{section}.dataset = {name!r} is unknown; choose one of {', '.join(sorted(DATASETS))}.")
-    if name.lower() == "local" and not path:
-        raise ValueError(f'{section}.dataset = "local" needs {section}.dataset_path, a file or a folder.')
-    if path and not Path(path).exists():
-        raise ValueError(f"{section}.dataset_path = {path!r} does not exist.")
-    if name.lower() == "local" and path and not find_files(path):
-        raise ValueError(f"{section}.dataset_path = {path!r} holds no {', '.join(LOADERS)} file.")
-    default = DATASETS[name.lower()].path
-    if not path and default.startswith("tests/") and not Path(default).exists():
-        raise ValueError(
-            f"{section}.dataset = {name!r} reads {default}, which is part of TorchTitan's source tree and not here; "
-            f'set {section}.dataset_path, or use dataset = "stdlib".'
-        )
+    for file in files:
+        for text in READERS[Path(file).suffix](Path(file)):
+            if text.strip():
+                yield {COLUMN: text}
 
 
-def _text_of(sample: dict[str, Any]) -> str:
-    text: str = sample["text"]
-    return text
+def _read_txt(file: Path) -> Iterator[str]:
+    yield _decode(file.read_bytes(), str(file))
+
+
+def _read_jsonl(file: Path) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file}, line {number}"
+            if line.strip():
+                try:
+                    row = json.loads(_decode(line, place))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{place}: no valid JSON ({error.msg} at column {error.colno}).") from error
+                yield _text_in(row, place)
+
+
+def _read_parquet(file: Path) -> Iterator[str]:
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        if COLUMN not in table.schema_arrow.names:
+            raise ValueError(f"{file}: {_no_column(table.schema_arrow.names)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[COLUMN]):
+            for row in batch.to_pylist():
+                number += 1
+                yield _text_in(row, f"{file}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _kinds() -> str:
+    return ", ".join(READERS)
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: no UTF-8 text (byte {error.start}: {error.reason}); convert the file.") from error
+
+
+def _text_in(row: Any, place: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a {type(row).__name__} where an object with a field {COLUMN!r} is expected.")
+    if COLUMN not in row:
+        raise ValueError(f"{place}: {_no_column(list(row))}")
+    if not isinstance(row[COLUMN], str):
+        raise ValueError(f"{place}: the column {COLUMN!r} holds {row[COLUMN]!r}, which is no text.")
+    return row[COLUMN]
+
+
+def _no_column(names: Sequence[str]) -> str:
+    return f"no column {COLUMN!r} but {', '.join(map(repr, names)) or 'none'}; rename the column."

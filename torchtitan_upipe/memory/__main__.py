@@ -13,12 +13,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_upipe.train import read_job  # isort: skip  (first: it chooses the device before torchtitan is imported)
+import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
-from torchtitan_upipe.memory.dry_run import DryRun, dry_run
+from torchtitan_upipe.dry_run.dry_run import DryRun, dry_run
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.job.shape import needed_ranks
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, GIB, Prediction
-from torchtitan_upipe.memory.shape import needed_ranks
 
 
 @dataclass(frozen=True)

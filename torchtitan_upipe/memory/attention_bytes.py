@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchtitan_upipe.cp import rope
 from torchtitan_upipe.cp.gradients import ROWS
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, Stage
 from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.shards import runs
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
-from torchtitan_upipe.memory.shape import JobShape
-from torchtitan_upipe.models import rope
 
 
 @dataclass

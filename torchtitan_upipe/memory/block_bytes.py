@@ -8,9 +8,9 @@ from math import prod
 from typing import Any
 
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.attention_bytes import UPipeBytes
-from torchtitan_upipe.memory.shape import JobShape
 from torchtitan_upipe.memory.ulysses_bytes import UlyssesBytes
 
 

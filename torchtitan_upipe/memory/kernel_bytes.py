@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torchtitan_upipe.cp.ring import zigzag_tokens
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.kernels.pieces import Rectangle, rectangles
 from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.shape import JobShape
 
 
 class AttentionBytes:

@@ -5,14 +5,17 @@ The formulas are written as what is held and freed, in the order of the real cod
 
 from __future__ import annotations
 
-from torchtitan.config import JobConfig
+from typing import TYPE_CHECKING
 
+from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward, head_forward
 from torchtitan_upipe.memory.prediction import Prediction
-from torchtitan_upipe.memory.shape import JobShape, job_shape
 from torchtitan_upipe.memory.shards_bytes import ShardsBytes
 from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, tiled_head_backward, tiled_head_forward
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 
 def predict(config: JobConfig, world_size: int | None = None, rank: int = 0, workspace: bool = True) -> Prediction:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
-
-from torchtitan.config import JobConfig
+from typing import TYPE_CHECKING
 
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
 from torchtitan_upipe.device import SIMULATED, memory_of_rank
+from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory.ledger import predict_shape
 from torchtitan_upipe.memory.prediction import GIB, Prediction
-from torchtitan_upipe.memory.shape import JobShape, job_shape
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 TILE_SIZES = (32768, 16384, 8192)
 QUERY_TILES = (1, 2, 4, 8)

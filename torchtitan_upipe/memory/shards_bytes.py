@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from torchtitan_upipe.job.shape import JobShape, shard_elements
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.shape import JobShape, shard_elements
 
 Shapes = Sequence[tuple[int, ...]]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept
-from torchtitan_upipe.memory.shape import JobShape
 
 
 class TiledBlockBytes(BlockBytes):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from torchtitan_upipe.memory.host_pool import HostCopy, HostPool
+from torchtitan_upipe.stash.host_pool import HostCopy, HostPool
 
 
 class OffloadedBlock(CheckpointWrapper):

@@ -1,6 +1,6 @@
 """Child process of ``dry_run.py``: the real trainer on fake tensors, fake ranks and a device that does not exist.
 
-``python -m torchtitan_upipe.memory.simulate`` reads jobs from standard input, one JSON object a line, and writes one
+``python -m torchtitan_upipe.dry_run.simulate`` reads jobs from standard input, one JSON object a line, and writes one
 line of JSON for each to the file named on its command line. The device is chosen once per process, before TorchTitan is
 imported, which is why this is not a function.
 """
@@ -35,11 +35,12 @@ from torch.utils._pytree import tree_iter  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 
-from torchtitan_upipe.memory.live_bytes import LiveBytes  # noqa: E402
-from torchtitan_upipe.memory.moments import Moments  # noqa: E402
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes  # noqa: E402
+from torchtitan_upipe.dry_run.moments import Moments  # noqa: E402
+from torchtitan_upipe.job.read import read_job  # noqa: E402
 from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
-from torchtitan_upipe.models.attention import ContextParallelAttention  # noqa: E402
-from torchtitan_upipe.train import Trainer, read_job  # noqa: E402
+from torchtitan_upipe.titan.attention import ContextParallelAttention  # noqa: E402
+from torchtitan_upipe.titan.trainer import Trainer  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent
 FUSED = (torch.ops.aten._fused_adam_.default, torch.ops.aten._fused_adamw_.default)

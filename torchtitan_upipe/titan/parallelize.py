@@ -24,16 +24,16 @@ from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import degrees, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
+from torchtitan_upipe.job.check import validate_job
+from torchtitan_upipe.job.shape import job_shape
 from torchtitan_upipe.kernels.select import build_kernel
-from torchtitan_upipe.memory.host_pool import HostPool
-from torchtitan_upipe.memory.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.memory.planner import fill_head_chunk
-from torchtitan_upipe.memory.shape import job_shape
-from torchtitan_upipe.memory.stash import Stash
-from torchtitan_upipe.models.attention import ContextParallelAttention
-from torchtitan_upipe.models.rope import RopeOfModel
-from torchtitan_upipe.models.tiled import tile_model
-from torchtitan_upipe.validate import validate_job
+from torchtitan_upipe.stash.host_pool import HostPool
+from torchtitan_upipe.stash.offload import BlockOffload, OffloadedBlock
+from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.titan.attention import ContextParallelAttention
+from torchtitan_upipe.titan.rope import RopeOfModel
+from torchtitan_upipe.titan.tiled import tile_model
 
 NewStash = Callable[[], Stash]
 
@@ -71,7 +71,7 @@ class Parallelize:
         """Parallelize ``model`` (on the meta device) in place.
 
         Raises:
-            ValueError: see :func:`~torchtitan_upipe.validate.validate_job`; the stock ``torchtitan.train`` has not
+            ValueError: see :func:`~torchtitan_upipe.job.check.validate_job`; the stock ``torchtitan.train`` has not
                 asked before.
         """
         model_args: Any = model.model_args

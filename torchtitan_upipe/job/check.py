@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -11,8 +10,9 @@ from torchtitan.protocols import BaseModelArgs
 
 from torchtitan_upipe.cp.head_schedule import check_heads
 from torchtitan_upipe.data.sharding import load_balancer
-from torchtitan_upipe.data.text import check_dataset
 from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.job.files import check_files
+from torchtitan_upipe.job.values import check_values
 from torchtitan_upipe.kernels.select import check_kernel
 
 
@@ -28,15 +28,17 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     Raises:
         ValueError: the first thing that is wrong.
     """
+    check_values(config)
+    _check_unsupported(config, model_args)
     _check_parallelism(config, world_size)
-    _check_counts(config, world_size)
+    _check_batch(config, world_size)
     _check_sequence(config)
     _check_heads(config, model_args)
-    _check_unsupported(config, model_args)
     _check_offload(config, world_size)
+    _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
-        _check_files(config)
+        check_files(config, vocab_size=cast(Any, model_args).vocab_size)
     check_kernel(config.context_parallel.attention_kernel, device_type, _attention_dtype(config))
 
 
@@ -48,13 +50,6 @@ def _attention_dtype(config: JobConfig) -> torch.dtype:
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
     p = config.parallelism
-    at_least_one = {
-        "context_parallel_degree": p.context_parallel_degree,
-        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
-    }
-    for name, degree in at_least_one.items():
-        if degree < 1:
-            raise ValueError(f"{name} = {degree} must be at least 1.")
     used = p.context_parallel_degree * p.data_parallel_replicate_degree
     if p.context_parallel_degree > world_size:
         raise ValueError(
@@ -73,18 +68,10 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
         )
 
 
-def _check_counts(config: JobConfig, world_size: int) -> None:
+def _check_batch(config: JobConfig, world_size: int) -> None:
     training, tile_size = config.training, config.context_parallel.tile_size
     if tile_size < 0:
         raise ValueError(f"context_parallel.tile_size = {tile_size} must be a number of rows, or 0 for no tiling.")
-    counts = {
-        "training.steps": training.steps,
-        "training.local_batch_size": training.local_batch_size,
-        "metrics.log_freq": config.metrics.log_freq,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} = {count} must be at least 1.")
     batch_ranks = world_size // config.parallelism.context_parallel_degree
     per_pass = training.local_batch_size * batch_ranks
     if training.global_batch_size >= 0 and (training.global_batch_size < 1 or training.global_batch_size % per_pass):
@@ -92,6 +79,11 @@ def _check_counts(config: JobConfig, world_size: int) -> None:
         raise ValueError(
             f"training.global_batch_size = {training.global_batch_size} must be a multiple of local_batch_size = "
             f"{training.local_batch_size} x {batch_ranks} data-parallel ranks; nearest: {near} or {near + per_pass}."
+        )
+    if config.validation.enable and config.validation.steps == -1 and batch_ranks > 1:
+        raise ValueError(
+            f"validation.steps = -1 takes all data, of which the {batch_ranks} data-parallel ranks may hold unequal "
+            "numbers of batches and wait for each other; set validation.steps."
         )
 
 
@@ -150,7 +142,7 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
             f'query_tiles = {cp.query_tiles} has no meaning for method = "{cp.method}"; remove it or set '
             'method = "upipe".'
         )
-    if cp.stash_budget_gib < 0 or (cp.stash_budget_gib and cp.stash != "host"):
+    if cp.stash_budget_gib and cp.stash != "host":
         raise ValueError(
             f'stash_budget_gib = {cp.stash_budget_gib:g} limits host memory for stash = "host", and stash = '
             f'"{cp.stash}"; set it to a positive number with stash = "host", or remove it.'
@@ -202,6 +194,18 @@ def _check_offload(config: JobConfig, world_size: int) -> None:
         )
 
 
+def _check_seed_checkpoint(config: JobConfig, world_size: int) -> None:
+    if not config.checkpoint.create_seed_checkpoint:
+        return
+    if not config.checkpoint.enable:
+        raise ValueError("checkpoint.create_seed_checkpoint = true writes nothing without checkpoint.enable = true.")
+    if world_size != 1:
+        raise ValueError(
+            f"checkpoint.create_seed_checkpoint = true is for one rank, and this job has {world_size}; start it "
+            "without torchrun, with all degrees 1."
+        )
+
+
 def _check_device(config: JobConfig, device_type: str) -> None:
     if device_type != "cpu":
         return
@@ -216,18 +220,3 @@ def _check_device(config: JobConfig, device_type: str) -> None:
     for option, asked in cuda_only.items():
         if asked:
             raise ValueError(f"{option} works on CUDA only and this job runs on cpu; remove it.")
-
-
-def _check_files(config: JobConfig) -> None:
-    assets = Path(config.model.hf_assets_path)
-    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise ValueError(
-            f"model.hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, vocab.json or vocab.txt); "
-            'use "./torchtitan_upipe/assets/tokenizer" for a first run, or a downloaded model folder.'
-        )
-    check_dataset("training", config.training.dataset, config.training.dataset_path)
-    if config.validation.enable:
-        check_dataset("validation", config.validation.dataset, config.validation.dataset_path)
-    load_path = config.checkpoint.initial_load_path
-    if config.checkpoint.enable and load_path and not Path(load_path).is_dir():
-        raise ValueError(f"checkpoint.initial_load_path = {load_path!r} is not a folder.")

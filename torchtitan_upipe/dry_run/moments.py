@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from torchtitan_upipe.memory.live_bytes import LiveBytes
+from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 
 # Code that is known by its name, whatever part of the model calls it: prefix of module.function -> category, moment.
 CALLERS: dict[str, tuple[str, str | None] | None] = {
@@ -31,7 +31,7 @@ HEAD = ("norm", "output")  # the model's own children after the last block
 
 
 class Moments:
-    """The observer of a model's training step (see :class:`~torchtitan_upipe.memory.live_bytes.Observer`).
+    """The observer of a model's training step (see :class:`~torchtitan_upipe.dry_run.live_bytes.Observer`).
 
     Hooks on the blocks and their parts tell where forward, and through gradients backward, stands.
     """
@@ -62,7 +62,7 @@ class Moments:
                 handle.remove()
 
     def category(self, func: Any, result: Tensor) -> str:
-        """See :class:`~torchtitan_upipe.memory.live_bytes.Observer`."""
+        """See :class:`~torchtitan_upipe.dry_run.live_bytes.Observer`."""
         in_backward = _in_backward()
         if in_backward and tuple(result.shape) in self._weight_shapes:
             return "gradients"
@@ -76,7 +76,7 @@ class Moments:
         return PARTS.get(last) or ("loss" if place in HEAD else "block inputs")
 
     def moment(self) -> str:
-        """See :class:`~torchtitan_upipe.memory.live_bytes.Observer`; e.g. ``"layers.7.attention backward"``."""
+        """See :class:`~torchtitan_upipe.dry_run.live_bytes.Observer`; e.g. ``"layers.7.attention backward"``."""
         caller = _caller()
         if caller is not None and caller[1] is not None:
             return caller[1]

@@ -16,6 +16,7 @@ import typeguard
 from torchtitan.config import ConfigManager, JobConfig
 
 JOB_CONFIG_MODULE = "torchtitan_upipe.job_config"
+CONFIG_FILE = "job.config_file"
 
 
 def load_config(args: Sequence[str]) -> JobConfig:
@@ -31,11 +32,11 @@ def load_config(args: Sequence[str]) -> JobConfig:
     manager = ConfigManager()
     path = config_file(args)
     values = _read_toml(path) if path else {}
-    arguments = list(args)
+    arguments = _one_config_file(args, path)
     if not any(_option_name(a) == "job.custom_config_module" for a in args):
         module = values.get("job", {}).get("custom_config_module") if isinstance(values.get("job"), dict) else None
         arguments += ["--job.custom_config_module", module if isinstance(module, str) else JOB_CONFIG_MODULE]
-    config_class = manager._maybe_add_custom_config(arguments, values)
+    config_class = _config_class(manager, arguments, values)
     if "context_parallel" not in {f.name for f in fields(config_class)}:
         raise ValueError(f'job.custom_config_module must be "{JOB_CONFIG_MODULE}" or extend it.')
     if path:
@@ -46,19 +47,39 @@ def load_config(args: Sequence[str]) -> JobConfig:
 
 
 def config_file(args: Sequence[str]) -> str | None:
-    """The path after ``--job.config_file``, if it is there.
+    """The path after the last ``--job.config_file``, if it is there.
 
     Raises:
         ValueError: no path follows.
     """
+    path = None
     for i, arg in enumerate(args):
-        if _option_name(arg) == "job.config_file":
-            if "=" in arg:
-                return arg.split("=", 1)[1]
-            if i + 1 < len(args):
-                return args[i + 1]
-            raise ValueError("--job.config_file needs a path.")
-    return None
+        if _option_name(arg) == CONFIG_FILE:
+            if "=" not in arg and i + 1 == len(args):
+                raise ValueError("--job.config_file needs a path.")
+            path = arg.split("=", 1)[1] if "=" in arg else args[i + 1]
+    return path
+
+
+def _one_config_file(args: Sequence[str], path: str | None) -> list[str]:
+    """``args`` with no other ``--job.config_file`` than ``path``: TorchTitan would read the first one."""
+    others, skip = [], False
+    for arg in args:
+        named = _option_name(arg) == CONFIG_FILE
+        if not (named or skip):
+            others.append(arg)
+        skip = named and "=" not in arg
+    return others if path is None else [*others, f"--{CONFIG_FILE}", path]
+
+
+def _config_class(manager: ConfigManager, args: list[str], values: dict[str, Any]) -> type[JobConfig]:
+    try:
+        return manager._maybe_add_custom_config(args, values)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"job.custom_config_module cannot be used ({error}); it names a module that can be imported and has a "
+            f'class JobConfig, e.g. "{JOB_CONFIG_MODULE}".'
+        ) from error
 
 
 def _option_name(arg: str) -> str | None:

@@ -13,7 +13,7 @@ PutAway = Callable[[Tensor], "Kept"]
 
 
 class Kept(Protocol):
-    """A tensor put away, on the device or on the host (:class:`~torchtitan_upipe.memory.host_pool.HostCopy`)."""
+    """A tensor put away, on the device or on the host (:class:`~torchtitan_upipe.stash.host_pool.HostCopy`)."""
 
     def settle(self) -> None:
         """Nothing holds the tensor's memory on the device any more, if it was put elsewhere."""

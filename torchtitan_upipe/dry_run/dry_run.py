@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torchtitan_upipe.memory.prediction import Prediction
 
-CHILD = "torchtitan_upipe.memory.simulate"
+CHILD = "torchtitan_upipe.dry_run.simulate"
 
 
 @dataclass(frozen=True)

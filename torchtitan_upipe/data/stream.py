@@ -1,0 +1,146 @@
+"""From documents to sequences of tokens, with a state that a later run goes on from, on any number of ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+from torchtitan_upipe.data.dealing import Position, Taken, deal_again
+
+
+class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tensor]]):
+    """Sequences of ``seq_len`` tokens from this rank's documents, one joined to the next as TorchTitan joins them.
+
+    Args:
+        rows: a dataset of documents; all ranks have the same, and read every document or skip it.
+        text_of: from a row to its text, which is left out if blank.
+        encode: from a text to its tokens, begin and end of the document included.
+        seq_len: ``S``.
+        rank: data-parallel rank.
+        ranks: number of them.
+        endless: begin again at the end.
+        source: names the data in a checkpoint, which is refused for others.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | IterableDataset,
+        text_of: Callable[[Any], str],
+        encode: Callable[[str], list[int]],
+        seq_len: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        endless: bool = True,
+        source: str = "",
+    ) -> None:
+        self.rows = rows
+        self.text_of = text_of
+        self.encode = encode
+        self.seq_len = seq_len
+        self.rank = rank
+        self.endless = endless
+        self.source = source
+        self._position = Position(ranks)
+        self._tokens: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """``{"input": [S]}`` and labels ``[S]``, int64.
+
+        Raises:
+            ValueError: a pass over the data has no document for this rank.
+        """
+        yield from self._sequences()
+        while True:
+            empty = self._position.next == 0
+            for text in self._documents():
+                empty = False
+                self._tokens += self.encode(text)
+                yield from self._sequences()
+            at = self._position
+            if empty:
+                raise ValueError(
+                    f"{self.source}: its {at.next} documents leave data-parallel rank {self.rank} of {at.ranks} "
+                    "without one; use more documents or fewer data-parallel ranks."
+                )
+            self._position = replace(at, number=at.number + 1, next=0, length=at.next)
+            if not self.endless:
+                self._tokens = []  # what does not fill a sequence
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank stands; see :meth:`load_state_dict`."""
+        rows = self.rows.state_dict() if isinstance(self.rows, IterableDataset) else None
+        return {
+            "source": self.source,
+            "position": asdict(self._position),
+            "tokens": list(self._tokens),
+            "rows": copy.deepcopy(rows),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a stream of the same data, rank and number of ranks stood."""
+        self.load_states([state])
+
+    def load_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on where all ranks of an earlier run stood, which may have been more or fewer than now.
+
+        Args:
+            states: of all its ranks, in their order; or this rank's alone if their number is the same.
+
+        Raises:
+            ValueError: the states are of other data.
+        """
+        for state in states:
+            self._check(state)
+        positions = [_position(state) for state in states]
+        ranks = self._position.ranks
+        if len(states) == 1 and positions[0].ranks == ranks:
+            self._position, behind = positions[0], states[0]
+            self._tokens = list(states[0]["tokens"])
+        else:
+            self._position = deal_again(positions, ranks)
+            behind = min(states, key=lambda s: (s["position"]["number"], s["position"]["next"]))
+            mine = states[self.rank :: ranks]  # what was read and not yet trained on goes round, too
+            self._tokens = [token for state in mine for token in state["tokens"]]
+        if isinstance(self.rows, IterableDataset):
+            self.rows.set_epoch(self._position.number)  # a state is honoured only in its own epoch
+            self.rows.load_state_dict(behind["rows"])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        if "position" not in state:
+            raise ValueError("the checkpoint's data state is of an older form.")
+        if state["source"] != self.source:
+            raise ValueError(f"the checkpoint was trained on {state['source']}, and this job reads {self.source}.")
+
+    def _documents(self) -> Iterator[str]:
+        """Texts of this rank from where it stands to the end of the pass; the position moves before each."""
+        rows: Any = self.rows
+        if isinstance(self.rows, IterableDataset):
+            self.rows.set_epoch(self._position.number)  # which also lets go of a state that was loaded
+        else:
+            rows = self.rows.skip(self._position.next)
+        for row in rows:
+            index = self._position.next
+            self._position = replace(self._position, next=index + 1)
+            if self._position.taken_now.owner(index, self._position.ranks) == self.rank:
+                yield self.text_of(row)
+
+    def _sequences(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        length = self.seq_len + 1
+        while len(self._tokens) >= length:
+            tokens = torch.tensor(self._tokens[:length], dtype=torch.int64)
+            self._tokens = self._tokens[length:]
+            yield {"input": tokens[:-1]}, tokens[1:]
+
+
+def _position(state: dict[str, Any]) -> Position:
+    values = state["position"]
+    taken = {number: Taken(t["start"], tuple(t["others"])) for number, t in values["taken"].items()}
+    return Position(**{**values, "taken": taken})

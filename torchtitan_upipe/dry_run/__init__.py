@@ -1,0 +1,1 @@
+"""The real trainer on fake tensors, and the meter that watches it."""

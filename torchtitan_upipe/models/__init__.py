@@ -1,1 +1,0 @@
-"""TorchTitan's models with their attention handed to a context-parallel method."""

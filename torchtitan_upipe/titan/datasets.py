@@ -1,0 +1,104 @@
+"""The project's texts under names that TorchTitan knows, and a data loader that goes on where a checkpoint stood."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict
+from typing import Any
+
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from torchtitan_upipe.data.stream import TokenStream
+from torchtitan_upipe.data.text import load_local, load_stdlib, text_of
+
+
+def register_datasets() -> None:
+    """Add ``"stdlib"`` and ``"local"`` to the datasets that TorchTitan knows by name."""
+    DATASETS["stdlib"] = DatasetConfig(path="", loader=load_stdlib, sample_processor=text_of)
+    DATASETS["local"] = DatasetConfig(path="", loader=load_local, sample_processor=text_of)
+
+
+class Dataloader(ParallelAwareDataloader):
+    """TorchTitan's loader of a :class:`TokenStream`; its state can be loaded by any number of data-parallel ranks."""
+
+    dataset: TokenStream
+    _saved_ranks: int | None = None
+
+    def expect(self, ranks: int) -> None:
+        """Let the next load ask a checkpoint for the states of the ``ranks`` data-parallel ranks that wrote it."""
+        self._saved_ranks = ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """TorchTitan's, one entry a rank; between :meth:`expect` and the load an entry for each rank expected."""
+        state = super().state_dict()
+        if self._saved_ranks is not None:
+            state |= {f"dp_rank_{rank}": b"" for rank in range(self._saved_ranks)}
+            if self.dp_rank >= self._saved_ranks:
+                del state[self._rank_id]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the ranks that wrote ``state_dict`` stood.
+
+        Raises:
+            ValueError: they read other data.
+        """
+        self._saved_ranks = None
+        if not state_dict:
+            return
+        ranks = state_dict["world_size"]
+        if ranks == self.dp_world_size:
+            mine = pickle.loads(state_dict[self._rank_id])
+            self.dataset.load_states([_state_of_stream(mine)])  # refuses, before a worker would
+            super().load_state_dict(state_dict)
+        else:
+            saved = [pickle.loads(state_dict[f"dp_rank_{rank}"]) for rank in range(ranks)]
+            self.dataset.load_states([_state_of_stream(state) for state in saved])
+
+
+def _state_of_stream(loader_state: dict[str, Any]) -> dict[str, Any]:
+    """The stream's part of the state of torchdata's loader, with or without a worker process."""
+    if "_snapshot" in loader_state:
+        (loader_state,) = loader_state["_snapshot"]["_worker_snapshots"].values()
+    state: dict[str, Any] = loader_state["dataset_state"]
+    return state
+
+
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig) -> Dataloader:
+    """The ``build_dataloader_fn`` of the plugin's train specs: ``[training] dataset``, again and again.
+
+    Raises:
+        ValueError: data that cannot be read.
+    """
+    return _build(job_config.training, dp_world_size, dp_rank, tokenizer, endless=True)
+
+
+def build_validation_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> Dataloader:
+    """``[validation] dataset``: again and again, or once if ``steps = -1``."""
+    validation = job_config.validation
+    return _build(validation, dp_world_size, dp_rank, tokenizer, endless=validation.steps != -1)
+
+
+def _build(section: Any, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool) -> Dataloader:
+    """A loader of ``section``, which is ``[training]`` or ``[validation]``."""
+    name = section.dataset.lower()
+    config = DATASETS[name]
+    path = section.dataset_path or config.path
+    stream = TokenStream(
+        config.loader(path),
+        config.sample_processor,
+        lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
+        section.seq_len,
+        rank=rank,
+        ranks=ranks,
+        endless=endless,
+        source=f"dataset {name!r}" + (f" at {path!r}" if path else ""),
+    )
+    options = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
+    return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **options)

@@ -1,0 +1,90 @@
+"""TorchTitan's trainer with the project's sharding, loss, data state and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+import torchtitan.train
+from torch import Tensor
+from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
+
+import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
+from torchtitan_upipe.titan.attention import ContextParallelAttention
+from torchtitan_upipe.titan.batch import shard_batch
+from torchtitan_upipe.titan.checkpoint import Checkpoints
+from torchtitan_upipe.titan.tiled import summed_loss
+
+
+class Trainer(torchtitan.train.Trainer):
+    """TorchTitan's trainer, sharding by the method's own layout; hybrids need one that TorchTitan does not have.
+
+    A batch's way: the data loader (``titan/datasets.py``) draws it, :meth:`post_dataloading_process` takes this rank's
+    share, the model, whose attention (``titan/attention.py``) hands itself to a method (``cp/``), turns it into a loss.
+
+    Raises:
+        ValueError: the model was not given the plugin's attention.
+    """
+
+    def __init__(self, job_config: JobConfig) -> None:
+        with _own_checkpoints():
+            super().__init__(job_config)
+        method = job_config.context_parallel.method
+        attached = any(isinstance(m, ContextParallelAttention) for part in self.model_parts for m in part.modules())
+        if method != "torchtitan" and not attached:
+            raise ValueError(
+                f'model.name = {job_config.model.name!r} does not attach context_parallel.method = "{method}"; its '
+                "train spec needs torchtitan_upipe.titan.parallelize.Parallelize as parallelize_fn."
+            )
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
+        """``input_dict["input"]`` and ``labels``, both ``[B, S]``, to this rank's ``[B, N]``."""
+        eos_id = getattr(self.tokenizer, "eos_id", None)
+        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config, eos_id)
+        return inputs, labels, {}, kwargs
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """One micro-batch, as TorchTitan does without pipelining; a tiled model computes its loss itself.
+
+        Returns:
+            This rank's share of the mean loss per token: a scalar whose sum over ranks is the mean.
+        """
+        inputs, labels, extra_inputs, kwargs = self.post_dataloading_process(input_dict, labels)
+        (model,) = self.model_parts
+        with self.train_context():
+            with self.maybe_enable_amp:
+                loss = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs) / global_valid_tokens
+            loss.backward()
+        return loss
+
+
+@contextmanager
+def _own_checkpoints() -> Iterator[None]:
+    """Within, TorchTitan's trainer, which names the class itself, builds :class:`Checkpoints`."""
+    titans = torchtitan.train.CheckpointManager
+    torchtitan.train.CheckpointManager = Checkpoints
+    try:
+        yield
+    finally:
+        torchtitan.train.CheckpointManager = titans
+
+
+def run_job(config: JobConfig) -> None:
+    """Train as ``config`` says, or write a seed checkpoint."""
+    trainer = Trainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Created seed checkpoint")
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
