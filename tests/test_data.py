@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchtitan_upipe.data.sharding import shard_positions
-from torchtitan_upipe.data.text import check_dataset, load_local, load_stdlib, register_datasets
+from torchtitan_upipe.data.text import load_local, load_stdlib
 
 
 def test_stdlib_is_long_text_in_a_fixed_order() -> None:
@@ -32,27 +32,61 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_local_reads_each_document_once(folder: Path) -> None:
+def test_local_reads_each_document_once_in_the_order_of_paths(folder: Path) -> None:
     assert [row["text"] for row in load_local(str(folder))] == [
         "first\nlines of one document\n",
-        "second",
         "third",
         "fourth",
         "fifth",
+        "second",
     ]
     assert [row["text"] for row in load_local(str(folder / "c.jsonl"))] == ["third", "fourth"]
 
 
-def test_a_file_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps({"content": "?"}))
-    with pytest.raises(ValueError, match="has no column 'text' but 'content'; rename the column"):
+def test_blank_documents_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.txt").write_text("")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n\n{"text": "words"}\n{"text": "\\n"}\n')
+    assert [row["text"] for row in load_local(str(tmp_path))] == ["words"]
+    (tmp_path / "c.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds no text: its 2 files are empty or blank"):
         load_local(str(tmp_path))
 
 
+def parquet(**columns: object) -> bytes:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("x.txt", b"caf\xe9", r"x.txt: no UTF-8 text \(byte 3: .*\); convert the file"),
+        ("x.jsonl", b'{"text": "good"}\n{"text": \n', r"x.jsonl, line 2: no valid JSON \(Expecting value at column 9"),
+        ("x.jsonl", b'{"text": "good"}\n\n{"text": "\xff"}', r"x.jsonl, line 3: no UTF-8 text"),
+        ("x.jsonl", b'{"content": "?"}', r"x.jsonl, line 1: no column 'text' but 'content'; rename the column"),
+        ("x.jsonl", b'{"text": null}', r"x.jsonl, line 1: the column 'text' holds None, which is no text"),
+        ("x.jsonl", b'{"text": 5}', r"x.jsonl, line 1: the column 'text' holds 5"),
+        ("x.jsonl", b'["text"]', r"x.jsonl, line 1: a list where an object with a field 'text'"),
+        ("x.parquet", b"PAR1 and no more", r"x.parquet cannot be read as parquet: "),
+        ("x.parquet", parquet(words=["?"]), r"x.parquet: no column 'text' but 'words'"),
+        ("x.parquet", parquet(text=["good", None]), r"x.parquet, row 2: the column 'text' holds None"),
+        ("x.parquet", parquet(text=[1, 2]), r"x.parquet, row 1: the column 'text' holds 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        list(load_local(str(tmp_path)))
+
+
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
-    register_datasets()
     with pytest.raises(ValueError, match=r"holds no \.txt, \.jsonl, \.parquet file"):
-        check_dataset("training", "local", str(tmp_path))
+        load_local(str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"holds no Python source \(.py\), .*set dataset = \"local\""):
+        load_stdlib(str(tmp_path))
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))

@@ -53,7 +53,8 @@ def deal_again(positions: Sequence[Position], ranks: int) -> Position:
         positions: of all ranks of an earlier set, in their order.
         ranks: of the new set.
     """
-    first, last = min(p.number for p in positions), max(p.number for p in positions)
+    first = min(p.number for p in positions)
+    last = max(max(p.number, *p.taken) if p.taken else p.number for p in positions)
     length = max(p.length for p in positions)
     taken = {number: _taken_together(positions, number, length) for number in range(first, last + 1)}
     start = min(p.next for p in positions if p.number == first)

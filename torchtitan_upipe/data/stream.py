@@ -69,10 +69,10 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
                     f"{self.source}: its {at.next} documents leave data-parallel rank {self.rank} of {at.ranks} "
                     "without one; use more documents or fewer data-parallel ranks."
                 )
-            self._position = replace(at, number=at.number + 1, next=0, length=at.next)
             if not self.endless:
-                self._tokens = []  # what does not fill a sequence
+                self._position, self._tokens = Position(at.ranks), []  # without what does not fill a sequence
                 return
+            self._position = replace(at, number=at.number + 1, next=0, length=at.next)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands; see :meth:`load_state_dict`."""

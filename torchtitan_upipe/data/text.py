@@ -88,7 +88,7 @@ def _read_jsonl(file: Path) -> Iterator[str]:
             place = f"{file}, line {number}"
             if line.strip():
                 try:
-                    row = json.loads(_decode(line, place))
+                    row = json.loads(_decode(line, place).rstrip())
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{place}: no valid JSON ({error.msg} at column {error.colno}).") from error
                 yield _text_in(row, place)
