@@ -24,7 +24,8 @@ else
   nodes=(--standalone)
 fi
 
+export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
-exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
   -m "${MODULE:-torchtitan_upipe.train}" --job.config_file "$config" "$@"

@@ -1,5 +1,6 @@
 # Sourced by train.sh and test.sh: make .venv and install the package into it, unless that has been done.
-# Argument: the extras to install, e.g. "test", or "" for none (a missing one would be the caller's first). PYTHON names the interpreter (3.11 or later).
+# Argument: the extras to install, e.g. "test", or "" for none (a missing one would be the caller's first).
+# PYTHON names the interpreter (3.11 or later).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-}"

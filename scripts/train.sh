@@ -23,8 +23,9 @@ if [ -z "${CONFIG_FILE:-}" ]; then
   defaults=(--parallelism.context_parallel_degree "$NGPU" "${precision[@]}")
 fi
 
+export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 exec torchrun --nproc_per_node "$NGPU" --rdzv_backend c10d --rdzv_endpoint localhost:0 \
-  --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+  --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
   -m torchtitan_upipe.train --job.config_file "$CONFIG_FILE" "${defaults[@]}" "$@"

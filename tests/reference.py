@@ -1,4 +1,4 @@
-"""The unsharded attention layer in plain autograd: what every method is judged by (DESIGN section 9)."""
+"""The unsharded attention layer in plain autograd: what every method is judged by (docs/design.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention layer of every method against the unsharded one: output and every gradient (DESIGN section 9)."""
+"""The attention layer of every method against the unsharded one: output and every gradient (docs/design.md)."""
 
 from __future__ import annotations
 

@@ -331,18 +331,27 @@ def stock_trainer_rank(args: list[str]) -> str:
 
     from torchtitan_upipe.job.read import read_job
 
-    trainer = torchtitan.train.Trainer(read_job(args))
-    tokens = torch.zeros(1, 256, dtype=torch.long)
-    with pytest.raises(ValueError, match="load_balancer_type") as caught:
-        trainer.post_dataloading_process({"input": tokens}, tokens)
-    trainer.close()
+    with pytest.raises(ValueError, match=r"start the job with .torchrun -m torchtitan_upipe.train.") as caught:
+        torchtitan.train.Trainer(read_job(args))
     return str(caught.value)
 
 
-def test_the_stock_trainer_refuses_a_hybrid(tmp_path: Path) -> None:
-    """It would shard contiguously, which a hybrid must not be given."""
-    args = job_args(tmp_path, 4, **LLAMA, **upipe(4), **HYBRID)
-    assert all("'hybrid'" in message for message in run_ranks(stock_trainer_rank, 4, args, init=False))
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (HYBRID, "ring_degree = 2 shards for a hybrid"),
+        ({"training__seq_len": 254}, "seq_len = 254, no multiple of 4, is padded"),
+        ({"context_parallel__tile_size": 64}, "tile_size = 64 computes the loss in tiles"),
+        ({"training__document_mask": True}, "document_mask = true finds documents"),
+    ],
+    ids=["hybrid", "padding", "tiles", "documents"],
+)
+def test_the_stock_trainer_refuses_what_it_does_not_do(
+    options: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    """Before it would abort in gloo, hang in NCCL, or shard a hybrid contiguously."""
+    args = job_args(tmp_path, 4, **LLAMA, **upipe(4), **options)
+    assert all(sentence in message for message in run_ranks(stock_trainer_rank, 4, args, init=False))
 
 
 def attention_forwards(args: list[str]) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from rich.table import Table
 
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
-from torchtitan_upipe.job.load import config_file
+from torchtitan_upipe.job.load import config_file, split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
-from torchtitan_upipe.memory.planner import Budget, Plan, fastest, longest
+from torchtitan_upipe.job.write import job_text
+from torchtitan_upipe.memory.planner import Budget, Plan, explain_nothing_fits, fastest, longest, methods, settings_of
 from torchtitan_upipe.memory.prediction import GIB
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the table; return the exit code."""
-    options, job_args = tyro.cli(
-        Options, args=None if args is None else list(args), return_unknown_args=True, prog="torchtitan_upipe.plan"
-    )
+    own_args, job_args = split_options(sys.argv[1:] if args is None else args)
+    options = tyro.cli(Options, args=own_args, prog="torchtitan_upipe.plan")
     try:
         config = read_job(job_args, options.world_size, SIMULATED)
         world_size = options.world_size or needed_ranks(config)
@@ -69,18 +69,15 @@ def main(args: Sequence[str] | None = None) -> int:
         wanted = fastest(job, budget)
         if options.write:
             if wanted is None:
-                raise ValueError(
-                    f"no settings train {config.training.seq_len} tokens with method = {job.method!r} in "
-                    f"{budget.device / GIB:.1f} GiB; shorten training.seq_len or use more ranks."
-                )
-            _write(options.write, job_args, wanted)
+                raise ValueError(explain_nothing_fits(job, budget))
+            Path(options.write).write_text(_planned(job_args, wanted))
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
     console = Console()
     if not console.is_terminal:
         console.width = 180
-    console.print(_table(config, world_size, budget, wanted, [longest(shape, budget) for shape in _methods(job)], job))
+    console.print(_table(config, world_size, budget, wanted, [longest(shape, budget) for shape in methods(job)], job))
     if options.write:
         console.print(f"Wrote {options.write}")
     return 0
@@ -108,17 +105,6 @@ def _budget(options: Options, world_size: int) -> Budget:
     return Budget(device, parse_bytes(options.host_memory) / min(world_size, options.ranks_per_host))
 
 
-def _methods(job: JobShape) -> Iterator[JobShape]:
-    """The job under each method, on the same ranks; hybrids if the job is one."""
-    degree = job.ulysses * job.ring
-    for method in ("upipe", "ulysses"):
-        yield replace(job, method=method, ulysses=degree, ring=1)
-        if job.ring > 1 and job.method != "ring":
-            yield replace(job, method=method)
-    if degree > 1:
-        yield replace(job, method="ring", ulysses=1, ring=degree)
-
-
 def _table(
     config: JobConfig,
     world_size: int,
@@ -138,6 +124,7 @@ def _table(
     table.add_column("peak")
     if wanted is None:
         table.add_row("this job", _method(job), f"{job.length:,}", "does not fit")
+        table.caption = explain_nothing_fits(job, budget)
     else:
         table.add_row("this job", *_cells(wanted))
     table.add_section()
@@ -168,40 +155,13 @@ def _method(job: JobShape) -> str:
     return job.method if job.ring == 1 or job.ulysses == 1 else f"{job.method} {job.ulysses} x ring {job.ring}"
 
 
-def _write(path: str, job_args: Sequence[str], plan: Plan) -> None:
-    """The job's file with the plan's settings in it; what else the command line says does not go there."""
+def _planned(job_args: Sequence[str], plan: Plan) -> str:
+    """The text of the job's file with the plan's settings; what else the command line says does not go there."""
     source = config_file(job_args)
     values: dict[str, Any] = tomllib.loads(Path(source).read_text()) if source else {}
-    job = plan.job
-    settings: dict[str, Any] = {"tile_size": job.tile_size}
-    if job.method == "upipe":
-        settings |= {"head_chunk": job.head_chunk, "query_tiles": job.query_tiles, "stash": job.stash}
-    values.setdefault("context_parallel", {}).update(settings)
-    values.setdefault("activation_checkpoint", {}).update(mode="full", offload=job.offload)
-    Path(path).write_text("\n".join(_toml(values)) + "\n")
-
-
-def _toml(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Lines of a TOML file of sections, strings, numbers, booleans and lists of them."""
-    if prefix:
-        yield f"\n[{prefix}]"
-    for name, value in values.items():
-        if not isinstance(value, dict):
-            yield f"{name} = {_literal(value)}"
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _toml(value, f"{prefix}.{name}" if prefix else name)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
-    return repr(value)
+    for section, settings in settings_of(plan).items():
+        values.setdefault(section, {}).update(settings)
+    return job_text(values)
 
 
 if __name__ == "__main__":

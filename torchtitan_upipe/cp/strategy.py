@@ -64,7 +64,7 @@ class ContextParallelMethod(Protocol):
         head_dim: int,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Attention layer (DESIGN: one attention layer, stage by stage).
+        """Attention layer (docs/design.md, "One attention layer").
 
         Args:
             x: ``[B, N, D]``, this rank's normalised hidden states.

@@ -39,7 +39,7 @@ def dry_run(jobs: Sequence[DryRun]) -> list[Prediction]:
     One child process does all jobs: starting it takes some seconds, a job of the debug models one or two.
 
     Raises:
-        ValueError: a job is refused; the sentence of ``validate.py``.
+        ValueError: a job is refused; the sentence of ``job/check.py``.
         RuntimeError: the child failed; its last words.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -61,6 +61,18 @@ def config_file(args: Sequence[str]) -> str | None:
     return path
 
 
+def split_options(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own options and the job's, which have a section in their names: ``--section.field``."""
+    own: list[str] = []
+    job: list[str] = []
+    target = own
+    for arg in args:
+        if arg.startswith("--"):
+            target = job if "." in arg.split("=", 1)[0] else own
+        target.append(arg)
+    return own, job
+
+
 def _one_config_file(args: Sequence[str], path: str | None) -> list[str]:
     """``args`` with no other ``--job.config_file`` than ``path``: TorchTitan would read the first one."""
     others, skip = [], False

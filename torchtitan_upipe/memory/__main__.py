@@ -16,6 +16,7 @@ from rich.table import Table
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.dry_run.dry_run import DryRun, dry_run
+from torchtitan_upipe.job.load import split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import needed_ranks
 from torchtitan_upipe.memory.ledger import predict
@@ -38,9 +39,8 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the table; return the exit code."""
-    options, job_args = tyro.cli(
-        Options, args=None if args is None else list(args), return_unknown_args=True, prog="torchtitan_upipe.memory"
-    )
+    own_args, job_args = split_options(sys.argv[1:] if args is None else args)
+    options = tyro.cli(Options, args=own_args, prog="torchtitan_upipe.memory")
     try:
         config = read_job(job_args, options.world_size, SIMULATED)
         world_size = options.world_size or needed_ranks(config)

@@ -1,6 +1,6 @@
 """The ledger: one rank's memory over one training step, by formulas. Allocates nothing and takes milliseconds.
 
-The formulas are written as what is held and freed, in the order of the real code; ``dry_run.py`` is the other leg.
+The formulas are written as what is held and freed, in the order of the real code; ``dry_run/`` is the other leg.
 """
 
 from __future__ import annotations

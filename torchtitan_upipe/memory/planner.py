@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
 from torchtitan_upipe.device import SIMULATED, memory_of_rank
@@ -105,6 +105,52 @@ def longest(job: JobShape, budget: Budget) -> Plan | None:
     return fastest(replace(job, length=low * step), budget) if low else None
 
 
+def methods(job: JobShape) -> Iterator[JobShape]:
+    """The job under each method, on the same ranks; hybrids if the job is one."""
+    degree = job.ulysses * job.ring
+    for method in ("upipe", "ulysses"):
+        yield replace(job, method=method, ulysses=degree, ring=1)
+        if job.ring > 1 and job.method != "ring":
+            yield replace(job, method=method)
+    if degree > 1:
+        yield replace(job, method="ring", ulysses=1, ring=degree)
+
+
+def settings_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The fields that give a job file the plan's settings, by section."""
+    job = plan.job
+    settings: dict[str, Any] = {"tile_size": job.tile_size}
+    if job.method == "upipe":
+        settings |= {
+            "head_chunk": job.head_chunk,
+            "query_tiles": job.query_tiles,
+            "stash": job.stash,
+            "stash_budget_gib": job.stash_budget / GIB,
+        }
+    return {"context_parallel": settings, "activation_checkpoint": {"mode": "full", "offload": job.offload}}
+
+
+def explain_nothing_fits(job: JobShape, budget: Budget) -> str:
+    """One sentence where :func:`fastest` found nothing: what to make smaller."""
+    smaller = (batch for batch in _halves(job.batch) if fastest(replace(job, batch=batch), budget))
+    batch = next(smaller, None)
+    remedy = (
+        "shorten training.seq_len or use more ranks"
+        if batch is None
+        else f"set training.local_batch_size = {batch} (training.global_batch_size keeps the whole batch)"
+    )
+    return (
+        f"no settings train local_batch_size = {job.batch} of {job.length} tokens with method = {job.method!r} in "
+        f"{budget.device / GIB:.1f} GiB of device and {budget.host / GIB:.0f} GiB of host memory; {remedy}."
+    )
+
+
+def _halves(batch: int) -> Iterator[int]:
+    while batch > 1:
+        batch //= 2
+        yield batch
+
+
 def fill_head_chunk(config: JobConfig, world_size: int, device_type: str) -> None:
     """Set a UPipe job's ``head_chunk = 0`` to the largest chunk with which it fits into the device's memory.
 
@@ -165,4 +211,6 @@ def advice(prediction: Prediction, job: JobShape) -> str:
         return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
     if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
         return f"set context_parallel.tile_size = {job.tile_size // 2}"
+    if job.batch > 1:
+        return f"set training.local_batch_size = {job.batch // 2}"
     return "use more ranks or a shorter sequence"

@@ -1,4 +1,4 @@
-"""What a tiled block and a tiled head hold: read beside ``models/tiled.py`` and ``tiled/``."""
+"""What a tiled block and a tiled head hold: read beside ``titan/tiled.py`` and ``tiled/``."""
 
 from __future__ import annotations
 

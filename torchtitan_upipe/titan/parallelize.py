@@ -22,7 +22,7 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.data.sharding import degrees, load_balancer
+from torchtitan_upipe.data.sharding import degrees, length_divisor, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.job.check import validate_job
 from torchtitan_upipe.job.shape import job_shape
@@ -32,27 +32,11 @@ from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.stash.stash import Stash
 from torchtitan_upipe.titan.attention import ContextParallelAttention
+from torchtitan_upipe.titan.dims import AttachedDims, TrainerDims
 from torchtitan_upipe.titan.rope import RopeOfModel
 from torchtitan_upipe.titan.tiled import tile_model
 
 NewStash = Callable[[], Stash]
-
-
-class AttachedDims:
-    """TorchTitan's parallel dimensions once context parallelism is attached.
-
-    TorchTitan's parallelize functions would attach their own and ask for twice the divisor of the sequence; everything
-    else, FSDP over the context-parallel ranks included, goes on as before.
-    """
-
-    cp_enabled = False
-
-    def __init__(self, dims: ParallelDims) -> None:
-        self._dims = dims
-        self.seq_len_divisor = 1  # the plugin's trainer pads
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dims, name)
 
 
 class Parallelize:
@@ -75,7 +59,9 @@ class Parallelize:
                 asked before.
         """
         model_args: Any = model.model_args
-        validate_job(job_config, model_args, parallel_dims.world_size, device_type)
+        if not isinstance(parallel_dims, TrainerDims):
+            _check_for_stock_trainer(job_config)
+            validate_job(job_config, model_args, parallel_dims.world_size, device_type)
         fill_head_chunk(job_config, parallel_dims.world_size, device_type)
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
@@ -127,6 +113,28 @@ class Parallelize:
             logger.warning(
                 f"head_chunk = {cp.head_chunk} is rounded to {method.schedule.head_chunk}, which keeps the "
                 f"{method.exchange.size} ranks of the all-to-all equally busy"
+            )
+
+
+def _check_for_stock_trainer(config: JobConfig) -> None:
+    """Refuse what needs this project's trainer, before TorchTitan's would abort in the middle of a collective.
+
+    Raises:
+        ValueError: the field, and the command that does it.
+    """
+    cp, degree, length = config.context_parallel, config.parallelism.context_parallel_degree, config.training.seq_len
+    divisor = length_divisor(*degrees(cp.method, degree, cp.ring_degree))
+    needs = {
+        f"training.seq_len = {length}, no multiple of {divisor}, is padded": length % divisor != 0,
+        f"context_parallel.tile_size = {cp.tile_size} computes the loss in tiles": cp.tile_size > 0,
+        f"context_parallel.ring_degree = {cp.ring_degree} shards for a hybrid": cp.ring_degree not in (1, degree),
+        "training.document_mask = true finds documents": config.training.document_mask,
+    }
+    for need, asked in needs.items():
+        if asked:
+            raise ValueError(
+                f"{need}, which TorchTitan's own trainer does not do; start the job with "
+                "`torchrun -m torchtitan_upipe.train`."
             )
 
 

@@ -10,6 +10,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan_upipe.titan.adapter import AnyDegreeLlama3Adapter
 from torchtitan_upipe.titan.datasets import build_dataloader, register_datasets
 from torchtitan_upipe.titan.flavors import LLAMA3_DEBUG, QWEN3_DEBUG
+from torchtitan_upipe.titan.metrics import build_metrics
 from torchtitan_upipe.titan.parallelize import Parallelize
 from torchtitan_upipe.titan.rope import LLAMA_ROPE, QWEN_ROPE
 from torchtitan_upipe.titan.validator import build_validator
@@ -25,6 +26,7 @@ def llama3_spec() -> TrainSpec:
         pipelining_fn=None,
         build_dataloader_fn=build_dataloader,
         build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
         state_dict_adapter=AnyDegreeLlama3Adapter,
     )
 
@@ -38,6 +40,7 @@ def qwen3_spec() -> TrainSpec:
         parallelize_fn=Parallelize(spec.parallelize_fn, QWEN_ROPE),
         build_dataloader_fn=build_dataloader,
         build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
     )
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +20,7 @@ import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
 from torchtitan_upipe.titan.checkpoint import Checkpoints
+from torchtitan_upipe.titan.dims import TrainerDims
 from torchtitan_upipe.titan.tiled import summed_loss
 
 
@@ -39,6 +44,29 @@ class Trainer(torchtitan.train.Trainer):
                 f'model.name = {job_config.model.name!r} does not attach context_parallel.method = "{method}"; its '
                 "train spec needs torchtitan_upipe.titan.parallelize.Parallelize as parallelize_fn."
             )
+
+    def train(self) -> None:
+        """TorchTitan's loop, and a line with what came of it."""
+        began = time.monotonic()
+        super().train()
+        if dist.get_rank() == 0:
+            logger.info(self._closing_line(time.monotonic() - began))
+
+    def _closing_line(self, seconds: float) -> str:
+        line = f"Finished step {self.step} after {timedelta(seconds=round(seconds))}"
+        losses: dict[int, float] = getattr(self.metrics_processor, "losses", {})  # of the plugin's own specs
+        if losses:
+            first, last = min(losses), max(losses)
+            line += f", loss {losses[last]:.4f} (at step {first}: {losses[first]:.4f})"
+        config = self.job_config
+        folder = Path(config.job.dump_folder)
+        written = [f for f in (config.checkpoint.folder, config.metrics.save_tb_folder) if (folder / f).exists()]
+        return f"{line}; outputs: {', '.join(str(folder / f) for f in written) or 'none asked for'}"
+
+    def init_distributed(self) -> TrainerDims:
+        """TorchTitan's groups, under the name that tells a model who trains it."""
+        dims = super().init_distributed()
+        return TrainerDims(**{field.name: getattr(dims, field.name) for field in fields(dims) if field.init})
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
