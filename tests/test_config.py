@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,39 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"context_parallel__tile_size": -1}, r"tile_size = -1 must be a number of rows, or 0 for no tiling"),
         ({"training__steps": 0}, r"training.steps = 0 must be at least 1"),
+        ({"training__max_norm": 0}, r"training.max_norm = 0 must be positive; inf leaves gradients unclipped"),
+        ({"training__max_norm": -1}, r"training.max_norm = -1 must be positive"),
+        ({"training__seq_len": 10**13}, r"training.seq_len = 10000000000000 must be at most 2147483647"),
+        ({"training__dataloader__num_workers": 2}, r"num_workers = 2 would serve each batch 2 times; set it to 1"),
+        ({"optimizer__lr": "-1e-3"}, r"optimizer.lr = -0.001 must be a finite number of at least 0"),
+        ({"optimizer__lr": "nan"}, r"optimizer.lr = nan must be a finite number"),
+        ({"optimizer__name": "Adamw"}, r"optimizer.name = 'Adamw' is unknown; choose 'Adam' or 'AdamW'"),
+        ({"optimizer__beta2": 1}, r"optimizer.beta2 = 1 must be at least 0 and below 1"),
+        ({"lr_scheduler__warmup_steps": -1}, r"lr_scheduler.warmup_steps = -1 must be at least 0"),
+        ({"lr_scheduler__decay_ratio": 2}, r"lr_scheduler.decay_ratio = 2 must be between 0 and 1"),
+        ({"parallelism__tensor_parallel_degree": 0}, r"tensor_parallel_degree = 0 must be at least 1"),
+        (
+            {"parallelism__data_parallel_replicate_degree": -1},
+            r"data_parallel_replicate_degree = -1 must be at least 1",
+        ),
+        ({"comm__train_timeout_seconds": 0}, r"comm.train_timeout_seconds = 0 must be at least 1"),
+        (
+            {"context_parallel__stash_budget_gib": "nan", "context_parallel__stash": "host"},
+            r"stash_budget_gib = nan must be a finite number of GiB; 0 = no limit",
+        ),
+        (
+            {"context_parallel__stash_budget_gib": "inf", "context_parallel__stash": "host"},
+            r"stash_budget_gib = inf must be a finite number",
+        ),
+        (
+            {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "ops"},
+            r"selective_ac_option = 'ops' must be \"op\" or a positive number n",
+        ),
+        (
+            {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "0"},
+            r"selective_ac_option = '0' must be",
+        ),
+        ({"activation_checkpoint__determinism_check": "some"}, r"determinism_check = 'some' is unknown"),
         ({"training__local_batch_size": 2, "training__global_batch_size": 3}, r"= 3 must be a multiple of .*: 2 or 4"),
         ({"context_parallel__head_chunk": 9}, r"head_chunk = 9 must be between 1 and 8, .*; nearest: 8"),
         ({"context_parallel__head_chunk": -1}, r"head_chunk = -1 must be between 1 and 8, .*; nearest: 1"),
@@ -123,6 +157,30 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),
         (["--validation.enable", "--validation.seq_len", "3"], r"validation.seq_len = 3 leaves some of the 4"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),
+        (["--validation.enable", "--validation.steps", "2", "--validation.freq", "0"], r"validation.freq = 0 must be"),
+        (["--validation.enable", "--validation.steps", "0"], r"command line: validation steps must be positive or -1"),
+        (
+            ["--validation.enable", "--parallelism.context_parallel_degree", "2"],
+            r"validation.steps = -1 takes all data, of which the 2 data-parallel ranks .*; set validation.steps",
+        ),
+        (["--checkpoint.enable", "--checkpoint.interval", "0"], r"checkpoint.interval = 0 must be at least 1"),
+        (["--checkpoint.enable", "--checkpoint.keep_latest_k", "1"], r"keep_latest_k = 1 would delete the last"),
+        (
+            ["--checkpoint.enable", "--checkpoint.load_step", "7"],
+            r"load_step = 7 is not in .*, which holds no checkpoint",
+        ),
+        (["--checkpoint.create_seed_checkpoint"], r"writes nothing without checkpoint.enable = true"),
+        (["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"], r"is for one rank, and this job has 4"),
+        (["--checkpoint.enable", "--checkpoint.initial_load_in_hf"], r"holds no weights \(\*.safetensors\); set"),
+        (
+            ["--metrics.enable_tensorboard", "--job.dump_folder", "/proc/x"],
+            r"job.dump_folder: nothing can be written to",
+        ),
+        (
+            ["--checkpoint.enable", "--job.dump_folder", "/dev/null/x", "--metrics.no-enable_tensorboard"],
+            r"checkpoint.folder: nothing can be written to",
+        ),
+        (["--job.custom_config_module", "no.such"], r"custom_config_module cannot be used \(No module named 'no'\)"),
         (["--job.custom_config_module", "torchtitan.config.job_config"], r"must be \"torchtitan_upipe.job_config\""),
     ],
 )
@@ -156,6 +214,29 @@ def test_refused_files(text: str, sentence: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_job(["--job.config_file", str(path)])
+
+
+@pytest.mark.usefixtures("world")
+def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
+    text = (ROOT / "torchtitan_upipe/assets/tokenizer/tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match=r"the tokenizer .*tokenizer.json cannot be read \(.*\); download it again"):
+        read_job(job_args(tmp_path, 4, model__hf_assets_path=tmp_path))
+    more = json.loads(text)
+    more["model"]["vocab"]["unheard"] = len(more["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(more))
+    with pytest.raises(ValueError, match=r"has 2049 tokens, and the model's vocabulary 2048; choose the model.flavor"):
+        read_job(job_args(tmp_path, 4, model__hf_assets_path=tmp_path))
+
+
+@pytest.mark.usefixtures("world")
+def test_the_last_job_file_wins(tmp_path: Path) -> None:
+    first, last = job_args(tmp_path, 4), tmp_path / "mine.toml"
+    last.write_text(Path(first[1]).read_text().replace("steps = 30", "steps = 31"))
+    shortened = [*first, "--job.config_file", str(last), "--training.seq_len", "64"]
+    del shortened[shortened.index("--training.steps") : shortened.index("--training.steps") + 2]
+    config = read_job(shortened)
+    assert (config.training.steps, config.training.seq_len, config.job.config_file) == (31, 64, str(last))
 
 
 def test_missing_file() -> None:

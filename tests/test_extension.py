@@ -14,7 +14,7 @@ from torchtitan_upipe import plan
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.memory import __main__ as memory
 
-MODULE = '''
+MODULE = """
 from dataclasses import replace
 
 from datasets import Dataset
@@ -33,7 +33,7 @@ DATASETS["{name}"] = DatasetConfig(
 )
 register_train_spec("{name}_model", replace(llama3_spec(), model_args={{"tiny": spec.model_args["{name}"]}}))
 register_train_spec("{name}_bare", replace(llama3_spec(), parallelize_fn=lambda model, dims, job: model))
-'''
+"""
 
 
 @pytest.fixture

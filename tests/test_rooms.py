@@ -53,8 +53,7 @@ def test_imports_go_one_way() -> None:
     up = [
         f"{file} imports {target}"
         for file, target in EDGES
-        if ROOMS.index(room_of(file)) > ROOMS.index(room_of(target))
-        or (room_of(file) == "floor" and target != file)
+        if ROOMS.index(room_of(file)) > ROOMS.index(room_of(target)) or (room_of(file) == "floor" and target != file)
     ]
     assert not up
 
@@ -88,6 +87,8 @@ def test_the_core_runs_without_torchtitan() -> None:
 
 def test_data_stands_without_torchtitan() -> None:
     """Another trainer may use it."""
-    program = "import sys, torchtitan_upipe.data.stream, torchtitan_upipe.data.batch; print('torchtitan' in sys.modules)"
+    program = (
+        "import sys, torchtitan_upipe.data.stream, torchtitan_upipe.data.batch; print('torchtitan' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "False"

@@ -115,7 +115,7 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
 
     def _check(self, state: dict[str, Any]) -> None:
         if "position" not in state:
-            raise ValueError("the checkpoint's data state is of an older form.")
+            raise ValueError("the checkpoint's data state was written by another data loader.")
         if state["source"] != self.source:
             raise ValueError(f"the checkpoint was trained on {state['source']}, and this job reads {self.source}.")
 

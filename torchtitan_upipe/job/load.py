@@ -43,7 +43,10 @@ def load_config(args: Sequence[str]) -> JobConfig:
         _check_fields(config_class, values, path)
     _check_options(config_class, args)
     with _tyro_errors_as_value_errors():
-        return manager.parse_args(arguments)
+        try:
+            return manager.parse_args(arguments)
+        except AssertionError as error:  # TorchTitan's sections check some of their fields as they are made
+            raise ValueError(f"the job file or the command line: {error}.") from error
 
 
 def config_file(args: Sequence[str]) -> str | None:

@@ -85,9 +85,7 @@ def _check_the_rest(config: JobConfig) -> None:
                 f"{section}.dataloader.num_workers = {workers} would serve each batch {workers} times; set it to 1, "
                 "a process that reads ahead, or 0."
             )
-    validation, checkpoint = config.validation, config.checkpoint
-    if validation.enable and validation.steps < 1 and validation.steps != -1:
-        raise ValueError(f"validation.steps = {validation.steps} must be at least 1, or -1 for all data.")
+    checkpoint = config.checkpoint
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
         raise ValueError(
             "checkpoint.keep_latest_k = 1 would delete the last checkpoint while the next one is written; set it to "

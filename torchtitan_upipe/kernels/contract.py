@@ -34,16 +34,7 @@ class AttentionKernel(Protocol):
         """
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        causal: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients ``dq [B, Sq, h, d]``, ``dk [B, Sk, g, d]``, ``dv [B, Sk, g, d]`` of :meth:`forward`.
 

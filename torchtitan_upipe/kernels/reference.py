@@ -18,16 +18,7 @@ class ReferenceKernel:
         return _merge_heads(out).to(q.dtype), lse.flatten(1, 2)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        causal: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads = k.shape[2]
         scores = _scores(q, k, scale, causal)

@@ -22,16 +22,7 @@ class CpuFlashKernel:
         return out.transpose(1, 2), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        causal: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_bhsd(dout, q, k, v, out), lse, 0.0, causal, scale=scale
@@ -54,16 +45,7 @@ class CudaFlashKernel:
         return out.transpose(1, 2), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        causal: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed, offset = torch.empty((2, 0), dtype=torch.uint64, device=q.device)
         grads = aten._scaled_dot_product_flash_attention_backward(
@@ -152,16 +134,7 @@ class CudnnKernel:
         return out.transpose(1, 2), lse.flatten(2)  # [B, h, S, 1] -> [B, h, S]
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
-        causal: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
@@ -179,7 +180,9 @@ def fill_head_chunk(config: JobConfig, world_size: int, device_type: str) -> Non
 
 def explain_out_of_memory(config: JobConfig, error: BaseException) -> str:
     """One sentence: what takes the most where the ledger sees the peak, and the next knob to turn."""
-    words = str(error).split(". ")[0].strip().rstrip(".") or "no memory left"
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # the CPU's allocator begins with its own source
+    words = f"no host memory for {int(asked[1]) / GIB:.2f} GiB more" if asked else str(error).split(". ")[0].strip()
+    words = words.rstrip(".") or "no memory left"
     if config.context_parallel.method == "torchtitan":
         return f'{words}; use method = "upipe", a shorter sequence or more ranks.'
     job = job_shape(config)

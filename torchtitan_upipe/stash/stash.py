@@ -52,8 +52,8 @@ class KeptOnDevice:
 class Stash:
     """Attention output and log-sum-exp of each stage and query tile of one layer, in one forward pass.
 
-    ``o [B, n, h, d]`` is kept in token layout (docs/design.md, "The stash"), so that running the block a second time needs
-    neither attention nor an exchange. The stash only holds; who fills it and when is its owner's business.
+    ``o [B, n, h, d]`` is kept in token layout (docs/design.md, "The stash"), so that running the block a second time
+    needs neither attention nor an exchange. The stash only holds; who fills it and when is its owner's business.
 
     Args:
         put_away: where tensors go; by default they stay on the device.

@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torchtitan.components.checkpoint import DATALOADER, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, TRAIN_STATE, CheckpointManager
 
-from torchtitan_upipe.titan.datasets import Dataloader
+from torchtitan_upipe.titan.datasets import BEGIN_AGAIN, Dataloader
 
 DATA_STATE = re.compile(rf"{DATALOADER}\.dp_rank_(\d+)$")
-OTHER_DATA = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this job\'s data at its start'
 
 
 class Checkpoints(CheckpointManager):
@@ -30,14 +29,14 @@ class Checkpoints(CheckpointManager):
         if not from_hf:
             saved = _read_metadata(checkpoint_id)
             _check_weights(state_dict, saved, checkpoint_id)
+            _check_whole(state_dict, saved, checkpoint_id)
             self._check_data(state_dict, saved, checkpoint_id)
         try:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         except CheckpointException as error:  # a BaseException, of which each rank's own failure is one entry
             rank, (failure, _) = next(iter(error.failures.items()))
             text = str(failure).strip().partition("\n")[0]
-            advice = f"; {OTHER_DATA}." if isinstance(failure, ValueError) and "reads" in text else ""
-            raise ValueError(f"checkpoint {checkpoint_id} cannot be loaded (rank {rank}): {text}{advice}") from error
+            raise ValueError(f"checkpoint {checkpoint_id} cannot be loaded (rank {rank}): {text}") from error
 
     def _check_data(self, state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
         loader = state_dict.get(DATALOADER)
@@ -49,7 +48,7 @@ class Checkpoints(CheckpointManager):
         if ranks == 0 or not isinstance(loader, Dataloader):
             raise ValueError(
                 f"checkpoint {checkpoint_id} holds the data's state of {ranks} data-parallel ranks, and this job's "
-                f"loader, of {loader.dp_world_size}, cannot take it over; {OTHER_DATA}."
+                f"loader, of {loader.dp_world_size}, cannot take it over; {BEGIN_AGAIN}."
             )
         loader.expect(ranks)
 
@@ -87,6 +86,15 @@ def _check_weights(state_dict: Mapping[str, Any], saved: Mapping[str, Any], chec
         raise ValueError(
             f"checkpoint {checkpoint_id} has {len(layers)} layers, and this job's model has "
             f"{len(layers) - len(surplus)}; choose the model.flavor that it was written with."
+        )
+
+
+def _check_whole(state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
+    if TRAIN_STATE in state_dict and not any(name.startswith(f"{TRAIN_STATE}.") for name in saved):
+        raise ValueError(
+            f"checkpoint {checkpoint_id} holds a model only, as the last one of a job does unless "
+            "checkpoint.last_save_model_only = false; go on from an earlier checkpoint.load_step, or begin a new job "
+            "(another job.dump_folder) with checkpoint.initial_load_path."
         )
 
 

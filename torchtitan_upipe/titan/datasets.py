@@ -15,6 +15,8 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan_upipe.data.stream import TokenStream
 from torchtitan_upipe.data.text import load_local, load_stdlib, text_of
 
+BEGIN_AGAIN = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this job\'s data at its start'
+
 
 def register_datasets() -> None:
     """Add ``"stdlib"`` and ``"local"`` to the datasets that TorchTitan knows by name."""
@@ -50,14 +52,15 @@ class Dataloader(ParallelAwareDataloader):
         self._saved_ranks = None
         if not state_dict:
             return
-        ranks = state_dict["world_size"]
-        if ranks == self.dp_world_size:
-            mine = pickle.loads(state_dict[self._rank_id])
-            self.dataset.load_states([_state_of_stream(mine)])  # refuses, before a worker would
+        same = state_dict["world_size"] == self.dp_world_size
+        names = [self._rank_id] if same else [f"dp_rank_{rank}" for rank in range(state_dict["world_size"])]
+        states = [_state_of_stream(pickle.loads(state_dict[name])) for name in names]
+        try:
+            self.dataset.load_states(states)
+        except ValueError as error:
+            raise ValueError(f"{error} To train on other data, {BEGIN_AGAIN}.") from error
+        if same:  # what is between the stream and the trainer, a worker process for one
             super().load_state_dict(state_dict)
-        else:
-            saved = [pickle.loads(state_dict[f"dp_rank_{rank}"]) for rank in range(ranks)]
-            self.dataset.load_states([_state_of_stream(state) for state in saved])
 
 
 def _state_of_stream(loader_state: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
     Raises:
         ValueError: data that cannot be read.
     """
-    return _build(job_config.training, dp_world_size, dp_rank, tokenizer, endless=True)
+    return _build("training", job_config.training, dp_world_size, dp_rank, tokenizer, endless=True)
 
 
 def build_validation_dataloader(
@@ -82,23 +85,35 @@ def build_validation_dataloader(
 ) -> Dataloader:
     """``[validation] dataset``: again and again, or once if ``steps = -1``."""
     validation = job_config.validation
-    return _build(validation, dp_world_size, dp_rank, tokenizer, endless=validation.steps != -1)
+    return _build("validation", validation, dp_world_size, dp_rank, tokenizer, endless=validation.steps != -1)
 
 
-def _build(section: Any, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool) -> Dataloader:
+def _build(
+    section_name: str, section: Any, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool
+) -> Dataloader:
     """A loader of ``section``, which is ``[training]`` or ``[validation]``."""
     name = section.dataset.lower()
     config = DATASETS[name]
     path = section.dataset_path or config.path
+    source = f"dataset {name!r}" + (f" at {path!r}" if path else "")
+    try:
+        rows = config.loader(path)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's loader, a hub or a network raises
+        raise ValueError(
+            f"{source} cannot be opened ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
+            f"set {section_name}.dataset, or {section_name}.dataset_path to a copy on this machine."
+        ) from error
     stream = TokenStream(
-        config.loader(path),
+        rows,
         config.sample_processor,
         lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
         section.seq_len,
         rank=rank,
         ranks=ranks,
         endless=endless,
-        source=f"dataset {name!r}" + (f" at {path!r}" if path else ""),
+        source=source,
     )
     options = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
     return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **options)

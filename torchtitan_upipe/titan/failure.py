@@ -22,4 +22,6 @@ def explain(config: JobConfig, error: Exception) -> str | None:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it gave no reason"]
     path = keep_traceback(error, Path(config.job.dump_folder))
     where = f" (traceback: {path})" if path else ""
-    return f"{type(error).__name__}: {lines[-1] if 'DataLoader worker' in lines[0] else lines[0]}{where}"
+    name = type(error).__name__
+    said = lines[-1].removeprefix(f"{name}: ") if "in DataLoader worker process" in lines[0] else lines[0]
+    return f"{name}: {said}{where}"
