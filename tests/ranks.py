@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -110,6 +111,8 @@ def _rank_main(
         buffer = io.BytesIO()
         torch.save(result, buffer)  # by value: a rank may be gone before its shared memory is opened
         sender.send((None, buffer.getvalue()))
+        if _KEEP:
+            signal.pause()  # others may still need the rendezvous server; who collects results ends this rank
     except BaseException:  # a rank reports whatever ended it, SystemExit too
         sender.send((traceback.format_exc(), None))
 

@@ -41,8 +41,7 @@ def sentence_of(folder: Path, *flags: str, ranks: int = 1, memory: int = 0, **op
     code, text = run_ranks(last_words, ranks, args, memory, init=False)[0]
     assert code == 1
     assert len(text.splitlines()) == 1, text
-    line = text.strip()
-    return line
+    return text.strip()
 
 
 def local(path: Path, text: str) -> dict[str, object]:

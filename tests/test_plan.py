@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan_upipe import train  # isort: skip  (first: the device is chosen before torchtitan is imported)
-from tests.jobs import job_args
+from tests.jobs import ROOT, job_args
+from torchtitan_upipe import train
+from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory import planner
 from torchtitan_upipe.memory.ledger import predict, predict_shape
-from torchtitan_upipe.memory.planner import Budget, candidates, fastest, longest
-from torchtitan_upipe.plan import main, parse_bytes
+from torchtitan_upipe.memory.planner import Budget, candidates, explain_nothing_fits, fastest, fill_head_chunk, longest
+from torchtitan_upipe.plan import main, parse_bytes, planned
 
 
 def shape(folder: Path, method: str = "upipe", **options: object) -> JobShape:
     args = job_args(folder, 4, context_parallel__method=method, training__seq_len=4096, **options)
-    return job_shape(train.read_job(args, 4), 4)
+    return job_shape(read_job(args, 4), 4)
 
 
 @pytest.mark.parametrize("method", ["upipe", "ulysses", "ring"])
@@ -75,24 +77,53 @@ def test_refusals_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*args, "--device-memory", "5GiB", "--reserve", "6GiB"]) == 1
     assert "--reserve 6GiB leaves nothing" in capsys.readouterr().err
     assert main([*args, "--device-memory", "12MiB", "--reserve", "0", "--write", str(tmp_path / "x")]) == 1
-    assert "no settings train 4194304 tokens" in capsys.readouterr().err
+    assert "no settings train local_batch_size = 1 of 4194304 tokens" in capsys.readouterr().err
     assert parse_bytes("80GiB") == 80 * 2**30
     assert parse_bytes("2 tb") == 2e12
     with pytest.raises(ValueError, match="'lots' is no amount of memory"):
         parse_bytes("lots")
 
 
+def test_a_smaller_batch_is_the_remedy_where_it_fits(tmp_path: Path) -> None:
+    job = replace(shape(tmp_path), length=65536)
+    smallest = fastest(replace(job, batch=1), Budget(2**40, 2**40))
+    assert smallest is not None
+    job = replace(job, batch=8)
+    least = min(planner.predict_shape(c).device_bytes for c in planner.candidates(replace(job, batch=2)))
+    assert "set training.local_batch_size = 2 (" in explain_nothing_fits(job, Budget(least, 2**40))
+    assert "shorten training.seq_len or use more ranks" in explain_nothing_fits(job, Budget(2**20, 2**40))
+
+
 def test_head_chunk_0_takes_the_largest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = job_args(tmp_path, 4, training__seq_len=65536, context_parallel__tile_size=512, model__flavor="debug")
-    assert train.read_job(args, 4).context_parallel.head_chunk == 16  # all heads
-    config = train.read_job(args, 4, "simulated")
+    config = read_job(args, 4)
+    assert config.context_parallel.head_chunk == 0  # the trainer fills it
+    fill_head_chunk(config, 4, "simulated")
+    assert config.context_parallel.head_chunk == 0
+    fill_head_chunk(config, 4, "cpu")
+    assert config.context_parallel.head_chunk == 16  # all heads
     config.context_parallel.head_chunk = 8
     needed = predict(config, 4).device_bytes
-    monkeypatch.setattr(planner, "memory_of_rank", lambda device_type: needed)
-    assert train.read_job(args, 4).context_parallel.head_chunk == 8
+    config.context_parallel.head_chunk = 0
     monkeypatch.setattr(planner, "memory_of_rank", lambda device_type: needed // 10)
     with pytest.raises(ValueError, match=r"the smallest, 4, needs .* GiB that a rank has; set activation_checkpoint"):
-        train.read_job(args, 4)
+        fill_head_chunk(config, 4, "cpu")
+    monkeypatch.setattr(planner, "memory_of_rank", lambda device_type: needed)
+    fill_head_chunk(config, 4, "cpu")
+    assert config.context_parallel.head_chunk == 8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_what_is_planned_for_a_shipped_job_can_be_read(path: Path, tmp_path: Path) -> None:
+    """On a device that holds anything; the settings differ from the file's own."""
+    args = ["--job.config_file", str(path), "--model.hf_assets_path", str(ROOT / "torchtitan_upipe/assets/tokenizer")]
+    config = read_job(args, 0, SIMULATED)
+    plan = fastest(job_shape(config), Budget(2**40, 2**40))
+    assert plan is not None
+    out = tmp_path / path.name
+    out.write_text(planned(args, plan))
+    written = read_job(["--job.config_file", str(out), *args[2:]], 0, SIMULATED)
+    assert job_shape(written) == plan.job
 
 
 def test_out_of_memory_names_category_and_knob(

@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if options.write:
             if wanted is None:
                 raise ValueError(explain_nothing_fits(job, budget))
-            Path(options.write).write_text(_planned(job_args, wanted))
+            Path(options.write).write_text(planned(job_args, wanted))
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
@@ -155,7 +155,7 @@ def _method(job: JobShape) -> str:
     return job.method if job.ring == 1 or job.ulysses == 1 else f"{job.method} {job.ulysses} x ring {job.ring}"
 
 
-def _planned(job_args: Sequence[str], plan: Plan) -> str:
+def planned(job_args: Sequence[str], plan: Plan) -> str:
     """The text of the job's file with the plan's settings; what else the command line says does not go there."""
     source = config_file(job_args)
     values: dict[str, Any] = tomllib.loads(Path(source).read_text()) if source else {}
