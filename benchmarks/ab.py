@@ -3,6 +3,12 @@
     python -m benchmarks.ab --job.config_file train_configs/llama3_debug.toml \
         --methods upipe,ulysses,ring --seq_lens 2k,4k --steps 5 --out outputs/ab [--section.field value ...]
 
+``--arms`` instead of ``--methods`` compares jobs that differ in more than method and head chunk:
+
+    --arms ulysses "upipe head_chunk=4" "upipe head_chunk=4 stash=none query_tiles=4"
+
+An arm is a method and fields of the job, those of ``[context_parallel]`` by their bare name, others as section.field.
+
 Writes ``results.jsonl`` (one line per run), ``table.md``, plots and TensorBoard scalars below ``--out``. Started again
 with the same arguments it goes on where it was. For a job of several nodes run it on each, as ``scripts/launch.sh``,
 with an ``--out`` that all of them see.
@@ -30,12 +36,14 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from torchtitan.config import JobConfig
 
 from benchmarks.arms import (
+    Arm,
     Run,
     check_overrides,
     launch_environment,
     node_rank,
     parse_count,
     plan,
+    spell_arms,
     torchrun,
     world_size,
 )
@@ -43,6 +51,7 @@ from benchmarks.prediction import Prediction, predict
 from benchmarks.publish import publish
 from benchmarks.results import Record, ResultsFile
 from torchtitan_upipe.job.load import load_config
+from torchtitan_upipe.job.read import read_job
 
 Predict = Callable[[JobConfig], Prediction | None]
 KILLED = "Signal 9 (SIGKILL)"  # torchrun's words for it
@@ -80,9 +89,11 @@ def parse(arguments: Sequence[str]) -> Sweep:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--methods", required=True, help="e.g. upipe,ulysses,ring; ratios are to the first")
+    compared = parser.add_mutually_exclusive_group(required=True)
+    compared.add_argument("--methods", help="e.g. upipe,ulysses,ring; ratios are to the first")
+    compared.add_argument("--arms", nargs="+", help='e.g. ulysses "upipe head_chunk=4 stash=none"; likewise')
     parser.add_argument("--seq_lens", required=True, help="e.g. 8k,16k or 1m; k = 1024, m = 1024 k")
-    parser.add_argument("--head_chunks", default="", help="one UPipe arm each; default: the job file's")
+    parser.add_argument("--head_chunks", default="", help="with --methods: one UPipe arm each; default: the job file's")
     parser.add_argument("--rounds", type=int, default=2, help="how often the whole sequence of arms is run (2)")
     parser.add_argument("--warmup", type=int, default=2, help="first steps of a run, not timed (2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (5)")
@@ -93,18 +104,30 @@ def parse(arguments: Sequence[str]) -> Sweep:
     config = load_config(job)
     if options.steps < 1 or options.warmup < 0:
         raise ValueError(f"--steps {options.steps} must be at least 1 and --warmup {options.warmup} at least 0.")
+    chunks = [parse_count(chunk) for chunk in _split(options.head_chunks)]
+    if chunks and options.arms:
+        raise ValueError("--head_chunks belongs to --methods; beside --arms write head_chunk=... into each arm.")
     runs = plan(
-        _split(options.methods),
-        [parse_count(chunk) for chunk in _split(options.head_chunks)],
+        options.arms or spell_arms(_split(options.methods), chunks),
         [parse_count(length) for length in _split(options.seq_lens)],
         options.rounds,
         default_chunk=config.context_parallel.head_chunk,
     )
+    for arm in dict.fromkeys(run.arm for run in runs):
+        _check_fields(job, arm)
     return Sweep(runs, job, options.warmup, options.steps, options.timeout, options.out)
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_fields(job: Sequence[str], arm: Arm) -> None:
+    """Refuse an arm with a field that the job does not have, or a value of the wrong type."""
+    try:
+        load_config([*job, *arm.overrides])
+    except ValueError as error:
+        raise ValueError(f"the arm {arm.name!r} cannot run: {error}") from error
 
 
 def predict_here(config: JobConfig) -> Prediction | None:
@@ -158,7 +181,7 @@ def execute(sweep: Sweep, run: Run, predict: Predict) -> Record:
     started = time.monotonic()
     record: Record = {"arm": asdict(run.arm), "round": run.round, "arguments": job}
     try:
-        config = load_config(job)
+        config = read_job(job, world_size=0)  # the child finds the same; here it also makes the job's model known
         options = ["--result", str(result), "--warmup", str(sweep.warmup), "--steps", str(sweep.steps)]
         command = torchrun(
             world_size(config), "benchmarks.measured", [*options, *job, "--job.dump_folder", str(folder)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,33 +24,50 @@ SET_BY_SWEEP = (
     "job.dump_folder",
     "metrics.log_freq",
 )
+INSTEAD = "use --arms or --methods, --head_chunks, --seq_lens, --steps and --out"
+SECTION = "context_parallel"  # of fields without one
 UNITS = {"k": 2**10, "m": 2**20}
 
 
 @dataclass(frozen=True, order=True)
 class Arm:
-    """One job of a sweep: ``method`` with ``head_chunk`` (0: all heads, or no meaning) over ``seq_len`` tokens."""
+    """One job of a sweep.
+
+    Attributes:
+        method: of context parallelism.
+        head_chunk: 0 where it means all heads, or nothing.
+        seq_len: tokens.
+        fields: what else is set, by name, as in ``"query_tiles=2 stash=none"``; ``[context_parallel]`` goes unsaid.
+    """
 
     method: str
     head_chunk: int
     seq_len: int
+    fields: str = ""
+
+    @property
+    def options(self) -> str:
+        """All but method and length, e.g. ``"U=8 stash=none"``; may be empty."""
+        chunk = [f"U={self.head_chunk}"] if self.head_chunk else []
+        return " ".join([*chunk, *self.fields.split()])
 
     @property
     def name(self) -> str:
-        """Method and head chunk, e.g. ``"upipe U=8"``: the name in every table and plot."""
-        return f"{self.method} U={self.head_chunk}" if self.head_chunk else self.method
+        """Method and options, e.g. ``"upipe U=8"``: the name in every table and plot."""
+        return " ".join([self.method, *self.options.split()])
 
     @property
     def overrides(self) -> list[str]:
-        """The fields that make a job file this arm's job."""
-        fields = {
+        """The command line that makes a job file this arm's job."""
+        values = {
             "context_parallel.method": self.method,
-            "context_parallel.head_chunk": self.head_chunk,
-            "training.seq_len": self.seq_len,
+            "context_parallel.head_chunk": str(self.head_chunk),
+            "training.seq_len": str(self.seq_len),
         }
         if self.method not in HYBRID:
-            fields["context_parallel.ring_degree"] = 1
-        return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+            values["context_parallel.ring_degree"] = "1"
+        values |= {full_name(name): value for name, _, value in (word.partition("=") for word in self.fields.split())}
+        return [word for name, value in values.items() for word in _option(name, value)]
 
 
 @dataclass(frozen=True)
@@ -62,34 +80,83 @@ class Run:
     @property
     def key(self) -> str:
         """Names the run in the results and on disk."""
-        return f"{self.arm.method}-U{self.arm.head_chunk}-S{self.arm.seq_len}-r{self.round}"
+        arm = self.arm
+        return "-".join([arm.method, f"U{arm.head_chunk}", *arm.fields.split(), f"S{arm.seq_len}", f"r{self.round}"])
 
 
-def plan(
-    methods: Sequence[str], head_chunks: Sequence[int], seq_lens: Sequence[int], rounds: int, *, default_chunk: int
-) -> list[Run]:
+def plan(arms: Sequence[str], seq_lens: Sequence[int], rounds: int, *, default_chunk: int) -> list[Run]:
     """All runs in order: round by round, so that a drift of the machine reaches every arm alike (A B C A B C).
 
     Args:
-        head_chunks: one arm each, for the method that has chunks; empty means ``default_chunk``, the job file's.
+        arms: as :func:`parse_arm` reads them.
 
     Raises:
-        ValueError: nothing to run, or the same method, chunk or length twice.
+        ValueError: nothing to run, an arm that cannot be read, or the same arm or length twice.
     """
-    for name, values in {"methods": methods, "seq_lens": seq_lens, "head_chunks": head_chunks}.items():
-        if len(set(values)) != len(values):
-            raise ValueError(f"--{name} {','.join(map(str, values))} names one of them twice.")
-    if not methods or not seq_lens or rounds < 1:
+    if not arms or not seq_lens or rounds < 1:
         raise ValueError("a sweep needs at least one method, one sequence length and one round.")
+    parsed = [parse_arm(text, seq_len, default_chunk) for seq_len in seq_lens for text in arms]
+    arm, count = Counter(parsed).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{arm.name} over {spell_length(arm.seq_len)} tokens is named {count} times; name it once.")
+    return [Run(arm, number) for number in range(rounds) for arm in parsed]
+
+
+def spell_arms(methods: Sequence[str], head_chunks: Sequence[int]) -> list[str]:
+    """Arms that differ in nothing but method and head chunk: every chunk, for the method that has chunks.
+
+    Raises:
+        ValueError: chunks without the method that has them.
+    """
     if head_chunks and CHUNKED not in methods:
         raise ValueError(f'--head_chunks applies to "{CHUNKED}", which --methods does not name.')
-    arms = [
-        Arm(method, chunk, seq_len)
-        for seq_len in seq_lens
-        for method in methods
-        for chunk in ((head_chunks or [default_chunk]) if method == CHUNKED else [0])
-    ]
-    return [Run(arm, number) for number in range(rounds) for arm in arms]
+    chunked = [f"{CHUNKED} head_chunk={chunk}" for chunk in head_chunks] or [CHUNKED]
+    return [arm for method in methods for arm in (chunked if method == CHUNKED else [method])]
+
+
+def parse_arm(text: str, seq_len: int, default_chunk: int) -> Arm:
+    """An arm as it is written: a method, then fields: ``"upipe head_chunk=4 stash=none optimizer.lr=1e-4"``.
+
+    Whether the job has such fields is not looked at here.
+
+    Args:
+        text: a field without a section is one of ``[context_parallel]``.
+        seq_len: tokens.
+        default_chunk: the head chunk of an arm that does not name one, the job file's.
+
+    Raises:
+        ValueError: not of this form, a field twice, or one that is not an arm's.
+    """
+    method, *words = text.split() or [""]
+    if "=" in method or not method:
+        raise ValueError(f'the arm {text!r} must begin with a method, as in "{CHUNKED} head_chunk=4 stash=none".')
+    values: dict[str, str] = {}
+    for word in words:
+        match = re.fullmatch(r"([\w.-]+)=([^=/]+)", word)  # of what may name a folder
+        if not match:
+            raise ValueError(f"{word!r} in the arm {text!r} must be a field and its value, as in stash=none.")
+        name = match[1].replace("-", "_").removeprefix(f"{SECTION}.")
+        if name in values:
+            raise ValueError(f"the arm {text!r} sets {name} twice; set it once.")
+        if name != "head_chunk" and full_name(name) in SET_BY_SWEEP:
+            raise ValueError(f"the arm {text!r} sets {name}, which is set by the sweep; {INSTEAD}.")
+        values[name] = match[2]
+    if "head_chunk" in values and method != CHUNKED:
+        raise ValueError(f'the arm {text!r} sets head_chunk, which applies to "{CHUNKED}"; remove it.')
+    chunk = parse_count(values.pop("head_chunk")) if "head_chunk" in values else default_chunk
+    fields = " ".join(f"{name}={value}" for name, value in sorted(values.items()))
+    return Arm(method, chunk if method == CHUNKED else 0, seq_len, fields)
+
+
+def full_name(name: str) -> str:
+    """A field with its section, ``[context_parallel]`` where it has none."""
+    return name if "." in name else f"{SECTION}.{name}"
+
+
+def _option(name: str, value: str) -> list[str]:
+    """A field on the command line, where switches have no value."""
+    section, _, last = name.rpartition(".")
+    return {"true": [f"--{name}"], "false": [f"--{section}.no-{last}"]}.get(value, [f"--{name}", value])
 
 
 def parse_count(text: str) -> int:
@@ -121,9 +188,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name = argument.removeprefix("--").split("=", 1)[0].replace("-", "_")
         if argument.startswith("--") and name in SET_BY_SWEEP:
-            raise ValueError(
-                f"--{name} is set by the sweep; use --methods, --head_chunks, --seq_lens, --steps and --out."
-            )
+            raise ValueError(f"--{name} is set by the sweep; {INSTEAD}.")
 
 
 def world_size(config: JobConfig) -> int:

@@ -1,4 +1,4 @@
-"""Plots of a sweep. A method has one colour in all of them; its head chunks differ in their markers."""
+"""Plots of a sweep. A method has one colour in all of them; its arms differ in their markers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benchmarks.tables import MEASURED, PREDICTED, arm_names, memory_unit
 # Okabe and Ito's palette, told apart by colour-blind readers too
 COLOURS = {"upipe": "#D55E00", "ulysses": "#0072B2", "ring": "#009E73", "torchtitan": "#CC79A7"}
 MARKERS = "osD^vP*X"
+ONE_ROW = 60  # characters of names that fit into one row of a legend
 SPREAD = 3.0  # from this ratio of largest to smallest on, an axis is logarithmic
 
 
@@ -60,7 +61,7 @@ def _over_context(
     _context_axis(axes, {arm.seq_len for arm in results})
     _value_axis(axes, [value for several in values.values() for value in several])
     axes.set_ylabel(label)
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.legend(loc="outside upper center", ncols=4 if sum(map(len, names)) < ONE_ROW else 2)
     figure.savefig(path, dpi=150)
     return path
 
@@ -94,18 +95,25 @@ def _by_category(results: Mapping[Arm, ArmResult], path: Path) -> Path:
         sources[PREDICTED] = [results[arm].predicted for arm in arms]
     unit, unit_name = memory_unit(max(result.peak_device for result in results.values()))
     categories = list(dict.fromkeys(name for stacks in sources.values() for stack in stacks for name in stack))
-    figure = Figure(figsize=(2 + 1.1 * len(arms) * len(sources), 5.2), layout="constrained")
+    ticks = [_tick(arm) for arm in arms]
+    below = -0.045 * (2 + max(tick.count("\n") for tick in ticks))  # where the legend begins, below the ticks
+    figure = Figure(figsize=(2 + 1.1 * len(arms) * len(sources), 6.0), layout="constrained")
     panels = figure.subplots(1, len(sources), sharey=True, squeeze=False)[0]
     for axes, (source, stacks) in zip(panels, sources.items(), strict=True):
         _stack(axes, stacks, categories, unit)
-        axes.set_xticks(range(len(arms)), [f"{arm.name}\n{spell_length(arm.seq_len)}" for arm in arms])
+        axes.set_xticks(range(len(arms)), ticks, fontsize=8)
         for tick, arm in zip(axes.get_xticklabels(), arms, strict=True):
             tick.set_color(COLOURS[arm.method])
         axes.set_title(f"peak device memory, {source}")
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, below))
     panels[0].set_ylabel(f"device memory of a rank [{unit_name}]")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
+
+
+def _tick(arm: Arm) -> str:
+    """Method, options and length, each on a line of its own."""
+    return "\n".join([arm.method, *arm.options.split(), spell_length(arm.seq_len)])
 
 
 def _stack(axes: Axes, stacks: Sequence[Mapping[str, int]], categories: Sequence[str], unit: int) -> None:

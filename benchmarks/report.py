@@ -145,7 +145,11 @@ def page(section: Section) -> str:
     def memory(method: str, length: int) -> str:
         results = arms(method, length)
         lines = _measured_lines(results, lambda result: spell_bytes(result.peak_device))
-        own = {spell_prediction(r.predicted_device, r.peak_device): None for r in results.values()}
+        several = len(results) > 1
+        own = [
+            spell_prediction(r.predicted_device, r.peak_device) + (_options(arm) if several else "")
+            for arm, r in results.items()
+        ]
         shipped = section.predicted.get((method, length))
         return "<br>".join([*lines, *(own or [spell_prediction(shipped.device_bytes if shipped else 0)])])
 
@@ -159,11 +163,14 @@ def page(section: Section) -> str:
 
 def _measured_lines(results: Mapping[Arm, ArmResult], figure: Callable[[ArmResult], str]) -> list[str]:
     lines = [
-        spell_outcome(result, figure(result) if result.status == "ok" else "")
-        + (f", U={arm.head_chunk}" if arm.head_chunk else "")
+        spell_outcome(result, figure(result) if result.status == "ok" else "") + _options(arm)
         for arm, result in results.items()
     ]
     return lines or [spell_outcome(None, "")]
+
+
+def _options(arm: Arm) -> str:
+    return f", {arm.options}" if arm.options else ""
 
 
 def report(folders: Iterable[Path], paper: bool) -> str:
