@@ -21,8 +21,8 @@ class Rope:
     """Rotation of ``[B, n, h, d]`` by each token's position (RoFormer, arXiv 2104.09864).
 
     Angles are float64 products, rounded to the heads' working precision once reduced to one turn: a float32 product,
-    as a table holds it, is off by up to 0.3 rad at position 5,000,000. No more than ``ROWS`` tokens are in float32 at
-    a time.
+    as a table holds it, is off by 0.1 to 0.3 rad around position 5,000,000. No more than ``ROWS`` tokens are in float32
+    at a time.
 
     Attributes:
         frequencies: ``[d/2]``, float64: radians per position.

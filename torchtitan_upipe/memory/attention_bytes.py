@@ -82,7 +82,8 @@ class UPipeBytes:
         account.free(*newest)
 
         y = account.hold(self.job.hidden)
-        self._in_slices(self.job.model.heads, self.schedule.stages[0].queries if stash == "host" else None)
+        rows = max(stop - start for start, stop in self.tiles)
+        self._in_slices(self.job.model.heads, rows, self.schedule.stages[0].queries if stash == "host" else None)
         if stash == "none":
             account.free(*outputs)
             outputs = []
@@ -179,7 +180,8 @@ class UPipeBytes:
         if on_host:
             account.free(*heads)
             heads.clear()
-        self._in_slices(job.model.heads + 2 * job.model.kv_heads, self.schedule.stages[0].queries if on_host else None)
+        all_heads = job.model.heads + 2 * job.model.kv_heads
+        self._in_slices(all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
         rounded = account.hold(attention_weights(job)[3], "gradients")
         account.free(stacked, d_wo, *heads)
         return dx, [*weights, rounded]
@@ -293,9 +295,9 @@ class UPipeBytes:
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
-    def _in_slices(self, heads: int, from_host: HeadPlacement | None) -> None:
-        """A product over all heads, some rows at a time; the slice before goes when the next one is there."""
-        rows = min(ROWS, max(stop - start for start, stop in self.tiles))
+    def _in_slices(self, heads: int, rows: int, from_host: HeadPlacement | None) -> None:
+        """A product over all heads of ``rows``, some at a time; the slice before goes when the next one is there."""
+        rows = min(ROWS, rows)
         slices = 2 if self.job.tokens > rows else 1
         fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), rows)
         product = self.job.batch * rows * self.job.model.dim * self.job.element
