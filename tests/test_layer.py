@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
 from tests.reference import Case, Shape, relative_error, run_layer, run_method
+from tests.strict import strict_kernel
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import Traffic
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage, round_head_chunk
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import shard_positions
+from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.stash import Stash
@@ -70,7 +72,7 @@ def variants(shape: Shape, degree: int) -> list[Variant]:
     return which
 
 
-def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
+def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: AttentionKernel | None = None) -> Any:
     method, head_chunk, stash_and_tiles, ring_degree = variant
     stash, _, tiles = stash_and_tiles.partition("/")
     new_stash = {"none": None, "device": Stash, "host": partial(Stash, HostPool().put)}[stash]
@@ -92,7 +94,7 @@ def build(shape: Shape, variant: Variant, device: str = "cpu") -> Any:
         query_tiles=int(tiles or 1),
         ulysses_group=ulysses_group,
         ring_group=ring_group,
-        kernel=build_kernel("sdpa", device),
+        kernel=kernel or build_kernel("sdpa", device),
     )
 
 
@@ -104,6 +106,19 @@ def my_tokens(shape: Shape, variant: Variant) -> Tensor:
 def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant], seed: int = 0) -> list[dict[str, Tensor]]:
     case = Case(shape, seed).rounded(dtype)
     return [run_method(case, build(shape, variant), my_tokens(shape, variant), dtype) for variant in which]
+
+
+def strict_rank(shape: Shape, which: list[Variant]) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
+    """Results on the strict kernel, and how often each of its operators was called."""
+    with pytest.MonkeyPatch.context() as patch:
+        kernel, aten = strict_kernel(patch)
+        results = []
+        for variant in which:
+            method = build(shape, variant, kernel=kernel)
+            results.append(
+                run_method(Case(shape).rounded(torch.float32), method, my_tokens(shape, variant), torch.float32)
+            )
+    return results, aten.calls
 
 
 def gather(ranks: list[dict[str, Tensor]], ring_degree: int = 1) -> dict[str, Tensor]:
@@ -132,6 +147,21 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mas
         assert got.keys() == truth.keys()
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+@pytest.mark.parametrize("name", ["mha", "kv2", "rest"])
+def test_nothing_asks_more_of_a_kernel_than_cuda_kernels_promise(name: str, mask: str) -> None:
+    """Every method, ring and hybrids, batch 2, query tiles, documents, on tests/strict.py."""
+    shape = SHAPES[name] if mask == "causal" else packed(SHAPES[name])
+    truth = run_layer(Case(shape).rounded(torch.float32), torch.float64)
+    which = variants(shape, 4)
+    ranks = run_ranks(strict_rank, 4, shape, which)
+    for i, variant in enumerate(which):
+        got = gather([r[0][i] for r in ranks], ring_degree=variant[3])
+        errors = {key: relative_error(got[key], truth[key]) for key in truth}
+        assert max(errors.values()) < 1e-5, (variant, errors)
+    assert set(ranks[0][1]) == {"forward", "backward", "varlen forward", "varlen backward"}
 
 
 BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 from torchtitan_upipe.stash.host_pool import HostCopy, HostPool
@@ -259,3 +262,22 @@ def test_names_of_parameters_stay() -> None:
     names = list(Model(None).state_dict())
     assert list(Model(BlockOffload(HostPool())).state_dict()) == names
     assert "blocks.0.inner.0.weight" in names
+
+
+def test_rows_are_read_in_contiguous_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA stages a strided copy by the CPU at once, before what was put has arrived."""
+    tensor = torch.randn(3, 10, 4)
+    copy = HostPool().put(tensor)
+    strided = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                strided.append(not (args[0].is_contiguous() and args[1].is_contiguous()))
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        rows = copy.read(slice(2, 7))
+    assert torch.equal(rows, tensor[:, 2:7])
+    assert strided == [False] * 3
+    assert rows.untyped_storage().data_ptr() != copy.read(slice(2, 7)).untyped_storage().data_ptr()  # the host's stay

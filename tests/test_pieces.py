@@ -14,9 +14,10 @@ from torch import Tensor
 from tests.reference import relative_error
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.cp.segments import QueryRows
+from torchtitan_upipe.kernels import pieces as pieces_module
 from torchtitan_upipe.kernels.contract import AttentionKernel, VarlenKernel
 from torchtitan_upipe.kernels.merge import merge_partial
-from torchtitan_upipe.kernels.pieces import attend, attend_backward, partial_attention, rectangles
+from torchtitan_upipe.kernels.pieces import attend, attend_backward, launches, partial_attention, rectangles
 from torchtitan_upipe.kernels.reference import ReferenceKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel
 from torchtitan_upipe.kernels.varlen import offsets, pack_lse, unpack_lse
@@ -156,9 +157,33 @@ def test_rows_of_a_sequence(
     out, lse = attend(kernel, *truth.inputs, pieces, scale=SCALE)
     check([out, lse], [truth.out, truth.lse])
     check(attend_backward(kernel, truth.dout, *truth.inputs, out, lse, pieces, scale=SCALE), truth.grads)
-    if isinstance(kernel, PackedKernel) and len(pieces) > 1:  # one call for all squares, one for all rectangles
-        rectangular = any(len(rectangles(piece)) == 2 for piece in pieces)
-        assert kernel.calls == (["causal", "full"] if rectangular else ["causal"]) * 2
+    if isinstance(kernel, PackedKernel) and len(pieces) > 1:
+        calls = [call for piece in pieces for call in rectangles(piece)]
+        batches = launches(calls, elements=1)
+        names = ["one stretch" if len(batch) == 1 else "causal" if batch[0][2] else "full" for batch in batches]
+        assert kernel.calls == names * 2
+        assert sorted(call for batch in batches for call in batch) == sorted(calls)
+
+
+def disjoint(intervals: Sequence[Interval]) -> bool:
+    return all(a[1] <= b[0] for a, b in pairwise(sorted(intervals)))
+
+
+def test_launches_copy_no_key_twice_and_stay_below_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = WHOLE.rows(((8, 16), (24, 32), (40, 48), (56, 64)))  # a query tile of four ranks' shards
+    calls = [call for piece in visible_pieces(tile, WHOLE) for call in rectangles(piece)]
+    batches = launches(calls, elements=1)
+    assert [len(batch) for batch in batches] == [4, 1, 1, 1, 1]  # squares together; each prefix holds the one before
+    documents = [call for piece in visible_pieces(WHOLE, WHOLE, tuple(range(0, 64, 2))) for call in rectangles(piece)]
+    assert [len(batch) for batch in launches(documents, elements=1)] == [32]
+    for batch in launches(calls + documents, elements=1):
+        assert disjoint([keys for _, keys, _ in batch])
+        assert disjoint([rows for rows, _, _ in batch])
+    assert max(map(len, launches(documents, elements=2**31 // 11))) == 5  # rows of two elements each: 10 of 11
+    monkeypatch.setattr(pieces_module, "MOST_STRETCHES", 8)
+    assert [len(batch) for batch in launches(documents, elements=1)] == [8] * 4
+    monkeypatch.setattr(pieces_module, "LONG", 8)
+    assert [len(batch) for batch in launches(calls, elements=1)] == [1] * len(calls)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])

@@ -45,7 +45,7 @@ class FlashAttn2Kernel:
             k,
             v,
             out,
-            lse,
+            lse.contiguous(),  # read by its address
             dq,
             dk,
             dv,

@@ -13,6 +13,9 @@ from torchtitan_upipe.kernels.merge import merge_partial
 from torchtitan_upipe.kernels.visibility import Interval, Piece
 
 Rectangle = tuple[Interval, Interval, bool]  # query rows, key rows, causal (then equally many)
+LONG = 8192  # rows of a call that keep a GPU busy
+LARGEST = 2**31 - 1  # elements of a launch
+MOST_STRETCHES = 65535 // 2  # of a launch, whose grid has 65,535 places in that direction; half for a batch of two
 
 
 def attend(
@@ -46,9 +49,11 @@ def partial_attention(
 
     Where a piece took two kernel calls, ``out`` is their merged float32 result, not yet rounded.
     """
-    if len(pieces) > 1 and isinstance(kernel, VarlenKernel):
-        yield from _packed_attention(kernel, q, k, v, pieces, scale)
-        return
+    if isinstance(kernel, VarlenKernel):
+        batches = launches([call for piece in pieces for call in rectangles(piece)], _elements(q))
+        if any(len(batch) > 1 for batch in batches):
+            yield from _packed_attention(kernel, q, k, v, batches, scale)
+            return
     for piece in pieces:
         (rows, keys, causal), *more = rectangles(piece)
         queries = q[:, slice(*rows)]
@@ -96,10 +101,12 @@ def attend_backward(
         return dq, *into
     dq = torch.zeros_like(q, dtype=wide)
     dk, dv = into or (torch.zeros_like(t, dtype=wide) for t in (k, v))
-    if len(pieces) > 1 and isinstance(kernel, VarlenKernel):
-        _packed_backward(kernel, dout, q, k, v, out, lse, calls, scale, (dq, dk, dv))
-        return dq, dk, dv
-    for rows_of_call, keys_of_call, causal in calls:
+    batches = launches(calls, _elements(q)) if isinstance(kernel, VarlenKernel) else [[call] for call in calls]
+    for batch in batches:
+        if isinstance(kernel, VarlenKernel) and len(batch) > 1:
+            _packed_backward(kernel, dout, q, k, v, out, lse, batch, scale, (dq, dk, dv))
+            continue
+        ((rows_of_call, keys_of_call, causal),) = batch
         rows, keys = slice(*rows_of_call), slice(*keys_of_call)
         grads = kernel.backward(
             dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[:, :, rows], scale=scale, causal=causal
@@ -122,29 +129,73 @@ def rectangles(piece: Piece, max_keys: int | None = None) -> list[Rectangle]:
     return square + [(piece.rows, (key, min(key + step, diagonal)), False) for key in range(first, diagonal, step)]
 
 
-# --- variable-length kernels: all squares in one call, all full rectangles in another --------------------------------
+# --- variable-length kernels: many short squares, or short full rectangles, in one call ------------------------------
+
+
+def launches(calls: Sequence[Rectangle], elements: int) -> list[list[Rectangle]]:
+    """What a variable-length kernel computes together, of squares and full rectangles apart.
+
+    Neither rows nor keys of a batch overlap: keys that several calls see would be copied once for each, and their
+    gradients, too. Calls of ``LONG`` rows or more stand alone, since packing them saves nothing.
+
+    Args:
+        elements: of one row of queries over the whole batch of sequences; a launch has fewer than 2^31, which is as
+            far as FlashAttention-2's backward counts (torch 2.11, flash-attn 2.8.3; mended in torch 2.13).
+    """
+    batches = [[call] for call in calls if _length(call[0]) >= LONG]
+    most = max(LARGEST // elements, 1)
+    for causal in (True, False):
+        open_: list[_Batch] = []
+        for call in sorted((c for c in calls if c[2] == causal and _length(c[0]) < LONG), key=lambda c: c[1]):
+            home = next((batch for batch in open_ if batch.takes(call, most)), None)
+            if home is None:
+                open_.append(home := _Batch())
+            home.add(call)
+        batches += [batch.calls for batch in open_]
+    return batches
+
+
+class _Batch:
+    """Calls that go to the kernel together, added in the order of their keys."""
+
+    def __init__(self) -> None:
+        self.calls: list[Rectangle] = []
+        self._rows: set[Interval] = set()
+        self._count = 0
+
+    def takes(self, call: Rectangle, most: int) -> bool:
+        """Whether ``call`` overlaps none of these, and ``most`` rows are enough."""
+        return (
+            self.calls[-1][1][1] <= call[1][0]
+            and call[0] not in self._rows
+            and len(self.calls) < MOST_STRETCHES
+            and self._count + _length(call[0]) <= most
+        )
+
+    def add(self, call: Rectangle) -> None:
+        self.calls.append(call)
+        self._rows.add(call[0])
+        self._count += _length(call[0])
 
 
 def _packed_attention(
-    kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float
+    kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Sequence[Rectangle]], scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     found: dict[Interval, tuple[Tensor, Tensor]] = {}
-    calls = [call for piece in pieces for call in rectangles(piece)]
-    for causal in (True, False):
-        group = [call for call in calls if call[2] == causal]
-        if not group:
-            continue
-        rows, keys = [call[0] for call in group], [call[1] for call in group]
-        out, lse = kernel.forward_varlen(
-            _pack(q, rows), _pack(k, keys), _pack(v, keys), _lengths(rows), _lengths(keys), scale=scale, causal=causal
-        )
+    for batch in batches:
+        rows, keys, causal = [call[0] for call in batch], [call[1] for call in batch], batch[0][2]
+        packed = _pack(q, rows), _pack(k, keys), _pack(v, keys)
+        if len(batch) == 1:
+            out, lse = kernel.forward(*packed, scale=scale, causal=causal)
+        else:
+            out, lse = kernel.forward_varlen(*packed, _lengths(rows), _lengths(keys), scale=scale, causal=causal)
         parts = zip(out.split(_lengths(rows), dim=1), lse.split(_lengths(rows), dim=2), strict=True)
         for interval, (part, part_lse) in zip(rows, parts, strict=True):
             if interval not in found:
                 found[interval] = part, part_lse
                 continue
-            square, square_lse = found[interval]
-            found[interval] = square.to(accumulate_dtype(square.dtype)), square_lse.clone()
+            earlier, earlier_lse = found[interval]
+            found[interval] = earlier.to(accumulate_dtype(earlier.dtype)), earlier_lse.clone()
             merge_partial(*found[interval], part, part_lse)
     for interval, (part, part_lse) in found.items():
         yield slice(*interval), part, part_lse
@@ -158,30 +209,26 @@ def _packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    calls: Sequence[Rectangle],
+    batch: Sequence[Rectangle],
     scale: float,
     totals: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    for causal in (True, False):
-        group = [call for call in calls if call[2] == causal]
-        if not group:
-            continue
-        rows, keys = [call[0] for call in group], [call[1] for call in group]
-        grads = kernel.backward_varlen(
-            _pack(dout, rows),
-            _pack(q, rows),
-            _pack(k, keys),
-            _pack(v, keys),
-            _pack(out, rows),
-            _pack(lse.transpose(1, 2), rows).transpose(1, 2),
-            _lengths(rows),
-            _lengths(keys),
-            scale=scale,
-            causal=causal,
-        )
-        for total, intervals, grad in zip(totals, (rows, keys, keys), grads, strict=True):
-            for interval, part in zip(intervals, grad.split(_lengths(intervals), dim=1), strict=True):
-                total[:, slice(*interval)] += part
+    rows, keys = [call[0] for call in batch], [call[1] for call in batch]
+    grads = kernel.backward_varlen(
+        _pack(dout, rows),
+        _pack(q, rows),
+        _pack(k, keys),
+        _pack(v, keys),
+        _pack(out, rows),
+        _pack(lse.transpose(1, 2), rows).transpose(1, 2),
+        _lengths(rows),
+        _lengths(keys),
+        scale=scale,
+        causal=batch[0][2],
+    )
+    for total, intervals, grad in zip(totals, (rows, keys, keys), grads, strict=True):
+        for interval, part in zip(intervals, grad.split(_lengths(intervals), dim=1), strict=True):
+            total[:, slice(*interval)] += part
 
 
 def _pack(t: Tensor, intervals: Sequence[Interval]) -> Tensor:
@@ -192,4 +239,12 @@ def _pack(t: Tensor, intervals: Sequence[Interval]) -> Tensor:
 
 
 def _lengths(intervals: Sequence[Interval]) -> list[int]:
-    return [stop - start for start, stop in intervals]
+    return [_length(interval) for interval in intervals]
+
+
+def _length(interval: Interval) -> int:
+    return interval[1] - interval[0]
+
+
+def _elements(q: Tensor) -> int:
+    return q.shape[0] * q.shape[2] * q.shape[3]

@@ -50,7 +50,7 @@ class CudaFlashKernel:
         seed, offset = torch.empty((2, 0), dtype=torch.uint64, device=q.device)
         grads = aten._scaled_dot_product_flash_attention_backward(
             *_bhsd(dout, q, k, v, out),
-            lse,
+            lse.contiguous(),  # read by its address
             None,
             None,
             q.shape[1],
@@ -139,7 +139,7 @@ class CudnnKernel:
         seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             *_bhsd(dout, q, k, v, out),
-            lse.unsqueeze(-1),
+            lse.contiguous().unsqueeze(-1),
             seed,
             offset,
             None,

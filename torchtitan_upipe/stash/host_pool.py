@@ -98,7 +98,11 @@ class HostCopy:
         if self._buffer is None:
             raise RuntimeError("a tensor kept in host memory is read after its buffer was given back.")
         self.settle()
-        return self._host[:, rows].to(self._device, non_blocking=True)
+        kept = self._host[:, rows]
+        target = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        for ours, theirs in zip(target, kept, strict=True):  # contiguous each: a strided copy would be staged at once,
+            ours.copy_(theirs, non_blocking=True)  # by the CPU, which does not wait for what settle() waits for
+        return target
 
     def get(self) -> Tensor:
         """The tensor, contiguous on its device again. Its buffer goes back to the pool.
