@@ -1,4 +1,4 @@
-"""CPU, and a device that does not exist, as back ends of TorchTitan. No other file names a device on its own.
+"""CPU, and a device that does not exist, as back ends of TorchTitan; what only one kind of device needs.
 
 TorchTitan 0.2.2 asks ``torch._utils`` for the device once, while it is being imported, and takes CUDA where there is no
 accelerator. :func:`enable_cpu` or :func:`enable_simulated_device` must run before the first torchtitan import.

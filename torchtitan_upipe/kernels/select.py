@@ -38,7 +38,9 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype) -> None:
         return  # stands for a machine that may have what this one lacks
     module = CUDA_ONLY.get(name)
     if module and importlib.util.find_spec(module) is None:
-        remedy = "pip install torchtitan_upipe[flash2]" if name == "flash2" else "install FlashAttention-3"
+        remedy = (
+            "pip install --no-build-isolation flash-attn==2.8.3" if name == "flash2" else "install FlashAttention-3"
+        )
         raise ValueError(f"attention_kernel = {name!r} needs the module {module}, which is missing: {remedy}.")
     if device_type == "cuda" and name != "reference" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
