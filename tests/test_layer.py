@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -14,22 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
 from tests.reference import Case, Shape, relative_error, run_layer, run_method
 from tests.strict import strict_kernel
 from torchtitan_upipe.cp.build import build_method
-from torchtitan_upipe.cp.collectives import Traffic
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, KernelCall, Stage, round_head_chunk
-from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.stash import Stash
-from torchtitan_upipe.titan.parallelize import StashForBothRuns
 
 Variant = tuple[str, int, str, int]  # method, head chunk, stash (and query tiles, as in "host/3"), ring degree
 
@@ -314,88 +308,3 @@ def test_a_mutated_schedule_is_wrong(mutate: Any, head_chunk: int) -> None:
     truth = run_layer(Case(shape), torch.float64)
     got = gather(run_ranks(mutated_rank, 2, shape, head_chunk, mutate))
     assert relative_error(got["y"], truth["y"]) > 1e-2
-
-
-# --- what is sent, and what is computed twice -----------------------------------------------------------------------
-
-
-class CountingKernel:
-    name = "counting"
-
-    def __init__(self) -> None:
-        self.kernel, self.forwards, self.backwards = build_kernel("sdpa", "cpu"), 0, 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.forwards += 1
-        return self.kernel.forward(*args, **kwargs)
-
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        self.backwards += 1
-        return self.kernel.backward(*args, **kwargs)
-
-
-def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str, tuple[int, int, int, int]]:
-    """``{"forward" | "backward": (all-to-alls, bytes, attention forwards, attention backwards)}`` of one layer."""
-    case, rank, degree = Case(shape), dist.get_rank(), dist.get_world_size()
-    method = build(shape, variant)
-    method.attention.kernel = kernel = CountingKernel()
-    tokens = shape.length // degree
-    mine = slice(rank * tokens, (rank + 1) * tokens)
-    x = case.x[:, mine].float().requires_grad_()
-    weights = AttentionWeights(**{k: w.float().requires_grad_() for k, w in case.weights.items()})
-    transform = case.transform(shape.positions[:, mine])
-
-    counts = {}
-
-    @contextlib.contextmanager
-    def counted(phase: str) -> Iterator[None]:
-        method.exchange.traffic, kernel.forwards, kernel.backwards = Traffic(), 0, 0
-        yield
-        traffic = method.exchange.traffic
-        counts[phase] = (traffic.calls, traffic.bytes, kernel.forwards, kernel.backwards)
-
-    with counted("forward"):
-        if checkpointed:
-            options = {"context_fn": StashForBothRuns(method)} if isinstance(method, UPipe) else {}
-            y = checkpoint(method, x, weights, transform, shape.head_dim, use_reentrant=False, **options)
-        else:
-            y = method(x, weights, transform, shape.head_dim)
-    with counted("backward"):
-        y.backward(case.dy[:, mine].float())
-    return counts
-
-
-# 16 query heads on 4 ranks; 4 KV heads (one a rank), or 2 (each sent to two ranks)
-TRAFFIC_SHAPES = {"gqa": SHAPES["gqa"], "copies": Shape(16, 2)}
-
-
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["ac-none", "ac-full"])
-@pytest.mark.parametrize("name", TRAFFIC_SHAPES)
-def test_all_to_alls_and_attention_calls_of_one_layer(name: str, checkpointed: bool) -> None:
-    shape, degree = TRAFFIC_SHAPES[name], 4
-    counts = {
-        variant: run_ranks(traffic_rank, degree, shape, variant, checkpointed)[0]
-        for variant in [("ulysses", 0, "none", 1), ("upipe", 4, "device", 1), ("upipe", 4, "none", 1)]
-    }
-    ulysses, stashed, bare = counts.values()
-
-    # q, k, v, o of this rank; a piece for every other rank: [B, N, heads of one rank, d] floats
-    head = shape.length // degree * shape.head_dim * 4 * (degree - 1)
-    once = head * (4 + 1 + 1 + 4)  # q and o: 4 heads a rank; k and v: 1 head a rank
-    stages = 4
-    forward_calls = 2 * stages + 2  # q and o of every stage, k and v once
-    assert ulysses["forward"] == (4, once, 1, 0)
-    assert stashed["forward"] == bare["forward"] == (forward_calls, once, stages, 0)
-
-    # backward: Ulysses sends the gradients; under AC it first sends everything again
-    assert ulysses["backward"] == ((8, 2 * once, 1, 1) if checkpointed else (4, once, 0, 1))
-    # UPipe projects and exchanges again and sends gradients; with a stash, AC costs no exchange and no attention more
-    assert stashed["backward"] == (2 * forward_calls, 2 * once, 0, stages)
-    # without one, attention is computed twice: under AC in the second run, which keeps it for the backward at its end
-    again = checkpointed
-    assert bare["backward"] == ((2 + again) * forward_calls, (2 + again) * once, stages, stages)
-
-    # over the training step, under full AC: the bytes of Ulysses, and no attention computed twice
-    if checkpointed:
-        assert stashed["forward"][1] + stashed["backward"][1] == ulysses["forward"][1] + ulysses["backward"][1]
-        assert stashed["forward"][2] + stashed["backward"][2] == stages
