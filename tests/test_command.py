@@ -36,6 +36,18 @@ def test_a_refused_job_ends_with_its_sentence(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failure_of_all_ranks_is_one_sentence(tmp_path: Path) -> None:
+    """TorchTitan's trainer leaves torchrun a traceback for each rank."""
+    (tmp_path / "x.jsonl").write_text('{"text": 5}')
+    data = {"training__dataset": "local", "training__dataset_path": tmp_path / "x.jsonl"}
+    result = torchrun(2, "-m", "torchtitan_upipe.train", *job_args(tmp_path, 2, **data))
+    sentence = f"ValueError: {tmp_path}/x.jsonl, line 1: the column 'text' holds 5, which is no text."
+    assert result.returncode == 1
+    assert result.stderr.count(f"\n{sentence}") + result.stderr.startswith(sentence) == 1
+    assert result.stderr.count("Traceback") == 1  # torchrun's own
+    assert sentence in result.stderr.strip().splitlines()[-2]
+
+
 def test_stock_torchtitan_runs_the_same_job(tmp_path: Path) -> None:
     """A pure plugin: ``custom_config_module`` and ``custom_import`` are all that TorchTitan's own entry needs."""
     options = {"training__steps": 3, "context_parallel__head_chunk": 4, "activation_checkpoint__mode": "full"}

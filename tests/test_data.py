@@ -53,6 +53,12 @@ def test_blank_documents_are_left_out(tmp_path: Path) -> None:
         load_local(str(tmp_path))
 
 
+def test_byte_order_marks_and_other_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    assert [row["text"] for row in load_local(str(tmp_path))] == ["one", "two", "three"]
+
+
 def parquet(**columns: object) -> bytes:
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), buffer)

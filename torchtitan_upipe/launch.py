@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 PATIENCE = 30.0  # seconds that the other ranks of a node leave its first one to report the same refusal
+FIRST = 5.0  # seconds that they leave it to report the same failure, which may also be theirs alone
 
 
 def local_rank() -> int:
@@ -38,13 +39,26 @@ def refuse(error: ValueError) -> int:
     return report(f"ValueError: {error}")
 
 
+def fail(message: str) -> int:
+    """Report what ended this rank's job, once per node where all ranks ended by the same; return the exit code."""
+    _tell_torchrun(message)  # at once: TorchTitan has left it a whole traceback
+    if local_rank() != 0:
+        time.sleep(FIRST)  # torchrun ends this rank meanwhile, if the first one has failed
+    print(message, file=sys.stderr, flush=True)
+    return 1
+
+
 def report(message: str) -> int:
     """Print ``message`` and hand it to torchrun; return the exit code."""
+    _tell_torchrun(message)
     print(message, file=sys.stderr, flush=True)
+    return 1
+
+
+def _tell_torchrun(message: str) -> None:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         Path(error_file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-    return 1
 
 
 def keep_traceback(error: BaseException, folder: Path) -> Path | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torchtitan_upipe.device import leave
 from torchtitan_upipe.job.read import read_job
-from torchtitan_upipe.launch import refuse, report, stand_alone
+from torchtitan_upipe.launch import fail, refuse, stand_alone
 from torchtitan_upipe.titan.console import init_console
 from torchtitan_upipe.titan.failure import explain
 from torchtitan_upipe.titan.trainer import run_job
@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sentence = explain(config, error)
         if sentence is None:
             raise
-        return report(sentence)
+        return fail(sentence)
     return 0
 
 

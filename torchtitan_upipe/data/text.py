@@ -117,7 +117,7 @@ def _kinds() -> str:
 
 def _decode(content: bytes, place: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: no UTF-8 text (byte {error.start}: {error.reason}); convert the file.") from error
 
