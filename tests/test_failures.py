@@ -73,9 +73,11 @@ def test_blank_data_and_a_folder_of_another_kind_are_refused(tmp_path: Path) -> 
     assert 'holds no Python source (.py), which dataset = "stdlib" reads' in sentence_of(tmp_path, **stdlib)
 
 
-def test_data_that_needs_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = sentence_of(tmp_path, "--validation.enable", "--validation.steps", "1")
-    assert "dataset 'c4_validation' at 'allenai/c4' cannot be opened" in line
+def test_data_that_a_hub_does_not_give(tmp_path: Path) -> None:
+    """Without a network, or with one: nobody has such a data set."""
+    there = ["--validation.enable", "--validation.steps", "1", "--validation.dataset_path", "nobody/no-such-data-set"]
+    line = sentence_of(tmp_path, *there)
+    assert "dataset 'c4_validation' at 'nobody/no-such-data-set' cannot be opened" in line
     assert "set validation.dataset" in line
 
 
