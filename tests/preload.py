@@ -1,7 +1,10 @@
 """What the server process of ``ranks.py`` imports before it forks ranks. No tensor work may happen here."""
 
+import os
 import time
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none should wait for one
 
 import torchtitan_upipe.train  # noqa: F401  (first: it chooses the device)
 
