@@ -74,6 +74,8 @@ def parquet(**columns: object) -> bytes:
         ("x.jsonl", b'{"content": "?"}', r"x.jsonl, line 1: no column 'text' but 'content'; rename the column"),
         ("x.jsonl", b'{"text": null}', r"x.jsonl, line 1: the column 'text' holds None, which is no text"),
         ("x.jsonl", b'{"text": 5}', r"x.jsonl, line 1: the column 'text' holds 5"),
+        ("x.jsonl", b'{"text": "a\\ud800b"}', r"x.jsonl, line 1: half of a surrogate pair at character 1"),
+        ("x.jsonl", b"[" * 100_000, r"x.jsonl, line 1: JSON nested too deeply"),
         ("x.jsonl", b'["text"]', r"x.jsonl, line 1: a list where an object with a field 'text'"),
         ("x.parquet", b"PAR1 and no more", r"x.parquet cannot be read as parquet: "),
         ("x.parquet", parquet(words=["?"]), r"x.parquet: no column 'text' but 'words'"),

@@ -15,6 +15,7 @@ from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory import planner
+from torchtitan_upipe.memory.__main__ import main as memory_main
 from torchtitan_upipe.memory.ledger import predict, predict_shape
 from torchtitan_upipe.memory.planner import Budget, candidates, explain_nothing_fits, fastest, fill_head_chunk, longest
 from torchtitan_upipe.plan import main, parse_bytes, planned
@@ -78,10 +79,18 @@ def test_refusals_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--reserve 6GiB leaves nothing" in capsys.readouterr().err
     assert main([*args, "--device-memory", "12MiB", "--reserve", "0", "--write", str(tmp_path / "x")]) == 1
     assert "no settings train local_batch_size = 1 of 4194304 tokens" in capsys.readouterr().err
+    roomy = [*job_args(tmp_path, 4), "--device-memory", "80GiB"]
+    assert main([*roomy, "--write", str(tmp_path / "no/x")]) == 1
+    assert "No such file or directory; choose another file" in capsys.readouterr().err
+    assert main([*roomy, "--ranks-per-host", "0"]) == 1
+    assert "--ranks-per-host 0 must be at least 1" in capsys.readouterr().err
+    assert memory_main([*job_args(tmp_path, 4), "--rank", "4"]) == 1
+    assert "--rank 4 must be between 0 and 3" in capsys.readouterr().err
     assert parse_bytes("80GiB") == 80 * 2**30
     assert parse_bytes("2 tb") == 2e12
-    with pytest.raises(ValueError, match="'lots' is no amount of memory"):
-        parse_bytes("lots")
+    for text in ("lots", "."):
+        with pytest.raises(ValueError, match="is no amount of memory"):
+            parse_bytes(text)
 
 
 def test_a_smaller_batch_is_the_remedy_where_it_fits(tmp_path: Path) -> None:

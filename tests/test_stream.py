@@ -163,6 +163,43 @@ def test_more_or_fewer_ranks_go_on_with_what_is_left(rows: Any, before: int, aft
     assert sum(available.values()) - len(seen) <= 10 * after
 
 
+def test_a_state_saved_before_the_next_document_is_read(rows: Any) -> None:
+    """Right after a load, while sequences come from tokens that were read before: twice in a row."""
+    first = stream(rows)
+    iterator = iter(first)
+    sequences(iterator, 8)  # within the longest documents
+    state = first.state_dict()
+    expected = sequences(iterator, 20)
+    for _ in range(2):
+        again = stream(rows)
+        again.load_state_dict(state)
+        state = pickle.loads(pickle.dumps(again.state_dict()))
+    last = stream(rows)
+    last.load_state_dict(state)
+    assert sequences(iter(last), 20) == expected
+
+
+def test_ranks_that_are_passes_apart_are_dealt_anew(rows: Any) -> None:
+    """In a pass of which little is left some ranks have no document; that is no reason to stop."""
+    states = []
+    for rank, steps in ((0, 1), (1, 40)):
+        old = stream(rows, rank, 2)
+        sequences(iter(old), steps)
+        states.append(old.state_dict())
+    for rank in range(4):
+        new = stream(rows, rank, 4)
+        new.load_states(states)
+        assert len(sequences(iter(new), 10)) == 10
+
+
+def test_iterating_again_goes_on_and_restart_begins_anew(rows: Any) -> None:
+    whole = sequences(iter(stream(rows, 1, 2)), 12)
+    data = stream(rows, 1, 2)
+    assert sequences(iter(data), 3) + sequences(iter(data), 3) == whole[:6]
+    data.restart()
+    assert sequences(iter(data), 4) == whole[:4]
+
+
 def test_other_data_is_refused(rows: Any) -> None:
     with pytest.raises(ValueError, match="was trained on these, and this job reads those"):
         stream(rows, source="those").load_state_dict(stream(rows).state_dict())

@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if options.write:
             if wanted is None:
                 raise ValueError(explain_nothing_fits(job, budget))
-            Path(options.write).write_text(planned(job_args, wanted))
+            _write(options.write, planned(job_args, wanted))
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
@@ -91,12 +91,14 @@ def parse_bytes(text: str) -> float:
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     unit = next((u for u in UNITS if match and u.lower() == match[2].lower()), None)
-    if match is None or unit is None or match[1].count(".") > 1:
+    if match is None or unit is None or not re.fullmatch(r"\d+\.?\d*|\.\d+", match[1]):
         raise ValueError(f"{text!r} is no amount of memory; write a number and a unit, for example 80GiB.")
     return float(match[1]) * UNITS[unit]
 
 
 def _budget(options: Options, world_size: int) -> Budget:
+    if options.ranks_per_host < 1:
+        raise ValueError(f"--ranks-per-host {options.ranks_per_host} must be at least 1.")
     device = parse_bytes(options.device_memory) - parse_bytes(options.reserve)
     if device <= 0:
         raise ValueError(
@@ -153,6 +155,13 @@ def _cells(plan: Plan) -> list[str]:
 
 def _method(job: JobShape) -> str:
     return job.method if job.ring == 1 or job.ulysses == 1 else f"{job.method} {job.ulysses} x ring {job.ring}"
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise ValueError(f"--write {path}: {error.strerror}; choose another file.") from error
 
 
 def planned(job_args: Sequence[str], plan: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         self.source = source
         self._position = Position(ranks)
         self._tokens: list[int] = []
+        self._rows_state: dict[str, Any] | None = None  # loaded, and no row read since
+
+    def restart(self) -> None:
+        """Begin at the first document again."""
+        self._position, self._tokens, self._rows_state = Position(self._position.ranks), [], None
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """``{"input": [S]}`` and labels ``[S]``, int64.
@@ -58,7 +64,7 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         """
         yield from self._sequences()
         while True:
-            empty = self._position.next == 0
+            empty = self._position.next == 0 and self._position.number not in self._position.taken
             for text in self._documents():
                 empty = False
                 self._tokens += self.encode(text)
@@ -70,13 +76,15 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
                     "without one; use more documents or fewer data-parallel ranks."
                 )
             if not self.endless:
-                self._position, self._tokens = Position(at.ranks), []  # without what does not fill a sequence
+                self.restart()  # without what does not fill a sequence
                 return
             self._position = replace(at, number=at.number + 1, next=0, length=at.next)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands; see :meth:`load_state_dict`."""
-        rows = self.rows.state_dict() if isinstance(self.rows, IterableDataset) else None
+        rows = self._rows_state  # which `datasets` does not tell before the first row
+        if rows is None and isinstance(self.rows, IterableDataset):
+            rows = self.rows.state_dict()
         return {
             "source": self.source,
             "position": asdict(self._position),
@@ -112,6 +120,7 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         if isinstance(self.rows, IterableDataset):
             self.rows.set_epoch(self._position.number)  # a state is honoured only in its own epoch
             self.rows.load_state_dict(behind["rows"])
+            self._rows_state = behind["rows"]
 
     def _check(self, state: dict[str, Any]) -> None:
         if "position" not in state:
@@ -124,9 +133,11 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         rows: Any = self.rows
         if isinstance(self.rows, IterableDataset):
             self.rows.set_epoch(self._position.number)  # which also lets go of a state that was loaded
+            rows = islice(rows, 0 if self._rows_state else self._position.next, None)
         else:
             rows = self.rows.skip(self._position.next)
         for row in rows:
+            self._rows_state = None
             index = self._position.next
             self._position = replace(self._position, next=index + 1)
             if self._position.taken_now.owner(index, self._position.ranks) == self.rank:

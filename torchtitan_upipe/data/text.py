@@ -91,6 +91,8 @@ def _read_jsonl(file: Path) -> Iterator[str]:
                     row = json.loads(_decode(line, place).rstrip())
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{place}: no valid JSON ({error.msg} at column {error.colno}).") from error
+                except RecursionError as error:
+                    raise ValueError(f"{place}: JSON nested too deeply to be read.") from error
                 yield _text_in(row, place)
 
 
@@ -129,6 +131,10 @@ def _text_in(row: Any, place: str) -> str:
         raise ValueError(f"{place}: {_no_column(list(row))}")
     if not isinstance(row[COLUMN], str):
         raise ValueError(f"{place}: the column {COLUMN!r} holds {row[COLUMN]!r}, which is no text.")
+    try:
+        row[COLUMN].encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, which no tokenizer takes
+        raise ValueError(f"{place}: half of a surrogate pair at character {error.start}, which is no text.") from error
     return row[COLUMN]
 
 

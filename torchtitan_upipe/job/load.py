@@ -35,7 +35,7 @@ def load_config(args: Sequence[str]) -> JobConfig:
     arguments = _one_config_file(args, path)
     if not any(_option_name(a) == "job.custom_config_module" for a in args):
         module = values.get("job", {}).get("custom_config_module") if isinstance(values.get("job"), dict) else None
-        arguments += ["--job.custom_config_module", module if isinstance(module, str) else JOB_CONFIG_MODULE]
+        arguments += ["--job.custom_config_module", module if module and isinstance(module, str) else JOB_CONFIG_MODULE]
     config_class = _config_class(manager, arguments, values)
     if "context_parallel" not in {f.name for f in fields(config_class)}:
         raise ValueError(f'job.custom_config_module must be "{JOB_CONFIG_MODULE}" or extend it.')
@@ -61,6 +61,8 @@ def config_file(args: Sequence[str]) -> str | None:
             if "=" not in arg and i + 1 == len(args):
                 raise ValueError("--job.config_file needs a path.")
             path = arg.split("=", 1)[1] if "=" in arg else args[i + 1]
+            if not path:
+                raise ValueError("--job.config_file needs a path.")
     return path
 
 
@@ -107,7 +109,7 @@ def _read_toml(path: str) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ValueError(f"cannot read the job file {path!r}: {error.strerror}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the job file {path!r} is not valid TOML: {error}.") from error
 
 

@@ -52,7 +52,7 @@ class ContextParallelValidator(BaseValidator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the mean loss per token over the batch ranks, averaged over ``validation.steps`` batches.
+        """Log the mean loss per token over the batch ranks, averaged over the first ``validation.steps`` batches.
 
         Raises:
             ValueError: the data does not fill one sequence.
@@ -60,6 +60,7 @@ class ContextParallelValidator(BaseValidator):
         (model,) = model_parts
         model.eval()
         validation = self.job_config.validation
+        self.dataloader.dataset.restart()  # the same batches every time
         losses = [
             self._batch_loss(model, input_dict, labels)
             for input_dict, labels in islice(self.dataloader, validation.steps if validation.steps != -1 else None)
