@@ -180,6 +180,10 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
             ["--checkpoint.enable", "--job.dump_folder", "/dev/null/x", "--metrics.no-enable_tensorboard"],
             r"checkpoint.folder: nothing can be written to",
         ),
+        (
+            ["--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.no-last_save_model_only"],
+            r"last_save_in_hf = true saves a model only, and would fail after the last step",
+        ),
         (["--job.custom_config_module", "no.such"], r"custom_config_module cannot be used \(No module named 'no'\)"),
         (["--job.custom_config_module", "torchtitan.config.job_config"], r"must be \"torchtitan_upipe.job_config\""),
     ],
@@ -214,6 +218,14 @@ def test_refused_files(text: str, sentence: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_job(["--job.config_file", str(path)])
+
+
+@pytest.mark.usefixtures("world")
+def test_a_folder_that_would_hide_the_initial_weights(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    flags = ["--checkpoint.enable", "--checkpoint.initial_load_path", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"checkpoint exists but holds no complete checkpoint; .*remove the folder"):
+        read_job(job_args(tmp_path, 4, *flags))
 
 
 @pytest.mark.usefixtures("world")

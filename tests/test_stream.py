@@ -136,13 +136,30 @@ def test_a_loader_goes_on_where_it_was(rows: Any, workers: int) -> None:
     assert [batch[0]["input"].tolist() for batch in islice(resumed, 5)] == whole[7:]
 
 
+@pytest.mark.parametrize("before, after", [(0, 1), (1, 0)])
+def test_a_worker_process_may_come_or_go(rows: Any, before: int, after: int) -> None:
+    def loader(workers: int) -> Dataloader:
+        return Dataloader(stream(rows), dp_rank=0, dp_world_size=1, batch_size=1, num_workers=workers)
+
+    first = loader(before)
+    whole = [batch[0]["input"].tolist() for batch in islice(loader(0), 9)]
+    assert [batch[0]["input"].tolist() for batch in islice(first, 4)] == whole[:4]
+    resumed = loader(after)
+    resumed.state_dict()  # as a checkpoint asks before it loads
+    resumed.load_state_dict(first.state_dict())
+    assert [batch[0]["input"].tolist() for batch in islice(resumed, 5)] == whole[4:]
+    resumed.restart()
+    assert [batch[0]["input"].tolist() for batch in islice(resumed, 5)] == whole[:5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("before, after", [(1, 3), (2, 1), (2, 3), (3, 2)])
-def test_more_or_fewer_ranks_go_on_with_what_is_left(rows: Any, before: int, after: int) -> None:
+def test_more_or_fewer_ranks_go_on_with_what_is_left(rows: Any, before: int, after: int, workers: int) -> None:
     """Over one pass every token is trained on once, but for what does not fill a sequence."""
 
     def loader(rank: int, ranks: int) -> Dataloader:
         data = stream(rows, rank, ranks, endless=False)
-        return Dataloader(data, dp_rank=rank, dp_world_size=ranks, batch_size=1)
+        return Dataloader(data, dp_rank=rank, dp_world_size=ranks, batch_size=1, num_workers=workers)
 
     seen: list[int] = []
     state: dict[str, Any] = {}

@@ -51,10 +51,13 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         self._position = Position(ranks)
         self._tokens: list[int] = []
         self._rows_state: dict[str, Any] | None = None  # loaded, and no row read since
+        self._first_row = copy.deepcopy(rows.state_dict()) if isinstance(rows, IterableDataset) else None
 
     def restart(self) -> None:
         """Begin at the first document again."""
         self._position, self._tokens, self._rows_state = Position(self._position.ranks), [], None
+        if self._first_row is not None:
+            self.rows.load_state_dict(self._first_row)  # in the place of one that was loaded for this epoch
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """``{"input": [S]}`` and labels ``[S]``, int64.

@@ -73,6 +73,11 @@ def _check_dataset(name: str, section: Any) -> None:
 
 def _check_checkpoints(config: JobConfig) -> None:
     checkpoint = config.checkpoint
+    if checkpoint.last_save_in_hf and not (checkpoint.last_save_model_only or checkpoint.load_only):
+        raise ValueError(
+            "checkpoint.last_save_in_hf = true saves a model only, and would fail after the last step; set "
+            "checkpoint.last_save_model_only = true."
+        )
     folder = Path(config.job.dump_folder) / checkpoint.folder
     step = checkpoint.load_step
     if step != -1 and not (folder / f"step-{step}").is_dir():
@@ -81,8 +86,13 @@ def _check_checkpoints(config: JobConfig) -> None:
             f"checkpoint.load_step = {step} is not in {folder}, which holds "
             f"{'steps ' + ', '.join(map(str, steps)) if steps else 'no checkpoint'}; choose one of these, or -1."
         )
-    if folder.exists():
+    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors.index.json")):
         return  # which TorchTitan then goes on from
+    if folder.exists() and (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
+        raise ValueError(
+            f"{folder} exists but holds no complete checkpoint; TorchTitan would load nothing from there and not what "
+            "checkpoint.initial_load_path or initial_load_in_hf names; remove the folder."
+        )
     source = Path(checkpoint.initial_load_path or config.model.hf_assets_path)
     if checkpoint.initial_load_path and not source.is_dir():
         raise ValueError(f"checkpoint.initial_load_path = {str(source)!r} is not a folder.")

@@ -76,7 +76,7 @@ def check_values(config: JobConfig) -> None:
 
 
 def _check_the_rest(config: JobConfig) -> None:
-    for section in ("training", "validation"):
+    for section in ("training", "validation") if config.validation.enable else ("training",):
         length, workers = _value(config, f"{section}.seq_len"), _value(config, f"{section}.dataloader.num_workers")
         if length > LONGEST:
             raise ValueError(f"{section}.seq_len = {length} must be at most {LONGEST}, what a kernel can count.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -54,13 +56,29 @@ class Dataloader(ParallelAwareDataloader):
             return
         same = state_dict["world_size"] == self.dp_world_size
         names = [self._rank_id] if same else [f"dp_rank_{rank}" for rank in range(state_dict["world_size"])]
-        states = [_state_of_stream(pickle.loads(state_dict[name])) for name in names]
+        if missing := [name for name in names if name not in state_dict]:
+            raise ValueError(
+                f"the data's state of {state_dict['world_size']} data-parallel ranks was loaded without {missing[0]}; "
+                f"start the job with `torchrun -m torchtitan_upipe.train`, or {BEGIN_AGAIN}."
+            )
+        states = [pickle.loads(state_dict[name]) for name in names]
         try:
-            self.dataset.load_states(states)
+            self.dataset.load_states([_state_of_stream(state) for state in states])
         except ValueError as error:
             raise ValueError(f"{error} To train on other data, {BEGIN_AGAIN}.") from error
-        if same:  # what is between the stream and the trainer, a worker process for one
-            super().load_state_dict(state_dict)
+        if same and ("_snapshot" in states[0]) == (self.num_workers > 0):
+            super().load_state_dict(state_dict)  # what is between the stream and the trainer, too
+        else:
+            self._begin()
+
+    def restart(self) -> None:
+        """Begin at the first document again."""
+        self.dataset.restart()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let a worker process that took its copy of the stream before go, with what it has read ahead."""
+        super(ParallelAwareDataloader, self).load_state_dict({})
 
 
 def _state_of_stream(loader_state: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +113,7 @@ def _build(
     name = section.dataset.lower()
     config = DATASETS[name]
     path = section.dataset_path or config.path
+    path = os.path.realpath(path) if path and Path(path).exists() else path  # one spelling, whatever the job's
     source = f"dataset {name!r}" + (f" at {path!r}" if path else "")
     try:
         rows = config.loader(path)

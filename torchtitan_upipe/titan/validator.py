@@ -60,7 +60,7 @@ class ContextParallelValidator(BaseValidator):
         (model,) = model_parts
         model.eval()
         validation = self.job_config.validation
-        self.dataloader.dataset.restart()  # the same batches every time
+        self.dataloader.restart()  # the same batches every time
         losses = [
             self._batch_loss(model, input_dict, labels)
             for input_dict, labels in islice(self.dataloader, validation.steps if validation.steps != -1 else None)
