@@ -16,10 +16,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.arms import Arm, spell_length
-from benchmarks.plots import COLOURS
+from benchmarks.arms import Arm
+from benchmarks.plots import COLOURS, context_axis
 from benchmarks.results import GIB, ArmResult, ResultsFile, summarise
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape
@@ -77,14 +76,9 @@ def draw(results: Mapping[Arm, ArmResult], job: Path, out: Path) -> None:
 
 
 def _label(axes: Axes, lengths: Sequence[int], title: str, unit: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: spell_length(round(x))))
-    axes.set_xlabel("context [tokens]")
+    context_axis(axes, lengths)
     axes.set_ylabel(f"peak device memory of a rank [{unit}]")
     axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 

@@ -58,7 +58,7 @@ def _over_context(
                 place = (arm.seq_len, 0.02 + 0.05 * index)
                 across = axes.get_xaxis_transform()
                 axes.text(*place, text, color=colour, transform=across, ha="center", fontsize=8)
-    _context_axis(axes, {arm.seq_len for arm in results})
+    context_axis(axes, {arm.seq_len for arm in results})
     _value_axis(axes, [value for several in values.values() for value in several])
     axes.set_ylabel(label)
     figure.legend(loc="outside upper center", ncols=4 if sum(map(len, names)) < ONE_ROW else 2)
@@ -66,7 +66,8 @@ def _over_context(
     return path
 
 
-def _context_axis(axes: Axes, lengths: Iterable[int]) -> None:
+def context_axis(axes: Axes, lengths: Iterable[int]) -> None:
+    """Let the x axis show contexts of these ``lengths``, in tokens."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(lengths)))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -36,7 +36,7 @@ def refuse(error: ValueError) -> int:
     if local_rank() != 0:
         time.sleep(PATIENCE)
         return 1
-    return report(f"ValueError: {error}")
+    return fail(f"ValueError: {error}")
 
 
 def fail(message: str) -> int:
@@ -44,13 +44,6 @@ def fail(message: str) -> int:
     _tell_torchrun(message)  # at once: TorchTitan has left it a whole traceback
     if local_rank() != 0:
         time.sleep(FIRST)  # torchrun ends this rank meanwhile, if the first one has failed
-    print(message, file=sys.stderr, flush=True)
-    return 1
-
-
-def report(message: str) -> int:
-    """Print ``message`` and hand it to torchrun; return the exit code."""
-    _tell_torchrun(message)
     print(message, file=sys.stderr, flush=True)
     return 1
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchtitan_upipe.data.documents import find_documents, pad_documents, positions_in_documents
 from torchtitan_upipe.data.sharding import length_divisor, shard_positions
 from torchtitan_upipe.kernels.visibility import Documents
-
-IGNORED = -100  # the label that torch's cross entropy leaves out
+from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,6 @@ def share_of_rank(
     else:
         documents = pad_documents(find_documents(inputs, document_end), length, length + padding)
         positions = positions_in_documents(documents, length + padding)[:, mine]
-    inputs, labels = F.pad(inputs, (0, padding)), F.pad(labels, (0, padding), value=IGNORED)
+    inputs, labels = F.pad(inputs, (0, padding)), F.pad(labels, (0, padding), value=IGNORE_INDEX)
     mine = mine.to(inputs.device)
     return Share(inputs[:, mine], labels[:, mine], positions.to(inputs.device), documents)

@@ -20,7 +20,7 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
 
     Args:
         rows: a dataset of documents; all ranks have the same, and read every document or skip it.
-        text_of: from a row to its text, which is left out if blank.
+        text_of: from a row to its text.
         encode: from a text to its tokens, begin and end of the document included.
         seq_len: ``S``.
         rank: data-parallel rank.
