@@ -19,7 +19,7 @@ from torchtitan_upipe.cp.shards import runs
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Interval
-from torchtitan_upipe.stash.stash import Kept, PutAway, Stash
+from torchtitan_upipe.stash.stash import Kept, PutAway, Stash, read_ahead
 from torchtitan_upipe.tiled.tiles import row_slices
 
 ROWS = 8192  # tokens of one matrix product over all heads
@@ -29,14 +29,18 @@ SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds:
 def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval], x: Tensor, wo: Tensor) -> Tensor:
     """The layer's output ``y [B, N, D]``, like ``x``, from the stages' outputs in ``stash``; ``wo [D, H*d]``."""
     y = torch.empty_like(x)
-    for t, (start, stop) in enumerate(tiles):
-        for rows in row_slices(start, stop, ROWS):
-            inner = slice(rows.start - start, rows.stop - start)
-            heads = x.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
-            by_head = heads.unflatten(-1, (schedule.num_heads, -1))
-            for s, stage in enumerate(schedule.stages):
-                _put_heads(by_head, stage.queries.distinct, stash.output((s, t), inner))
-            y[:, rows] = F.linear(heads, wo)
+    slices = [(t, start, rows) for t, (start, stop) in enumerate(tiles) for rows in row_slices(start, stop, ROWS)]
+    outputs = stash.outputs(
+        ((s, t), slice(rows.start - start, rows.stop - start))
+        for t, start, rows in slices
+        for s in range(len(schedule.stages))
+    )
+    for _, _, rows in slices:
+        heads = x.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
+        by_head = heads.unflatten(-1, (schedule.num_heads, -1))
+        for stage in schedule.stages:
+            _put_heads(by_head, stage.queries.distinct, next(outputs))
+        y[:, rows] = F.linear(heads, wo)
     return y
 
 
@@ -101,12 +105,13 @@ class LayerGradients:
         sizes = [getattr(self.weights, name).shape[0] for name in names]
         dx = torch.empty_like(self.x)
         self.settle()
-        for rows in row_slices(0, self.x.shape[1], ROWS):
+        slices = list(row_slices(0, self.x.shape[1], ROWS))
+        grads = read_ahead((kept, rows) for rows in slices for _, _, kept in self._heads)
+        for rows in slices:
             heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
             targets = dict(zip(names, heads.split(sizes, dim=-1), strict=True))
-            for name, placed, kept in self._heads:
-                grad = kept.read(rows)
-                _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad, add=name != "wq")
+            for name, placed, _ in self._heads:
+                _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, next(grads), add=name != "wq")
             dx[:, rows] = heads @ weights
         return dx
 

@@ -301,7 +301,8 @@ class UPipeBytes:
         slices = 2 if self.job.tokens > rows else 1
         fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), rows)
         product = self.job.batch * rows * self.job.model.dim * self.job.element
-        self.account.brief(slices * self.job.heads(heads, rows), max(fetched, product))
+        ahead = fetched * (slices - 1)  # of the next slice, beside the product
+        self.account.brief(slices * self.job.heads(heads, rows), max(2 * fetched, ahead + product))
 
     def _transform_in_slices(self, size: int, norm: bool) -> None:
         """Wide temporaries of RoPE for some rows of ``size`` bytes of heads; of the norm's gradient."""

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchtitan_upipe.stash.transfers import Transfers
 
 
 class HostPool:
     """Copies device tensors to host memory and back, in buffers that are used again and again.
 
-    For CUDA tensors the buffers are pinned and all copies run on one side stream, beside the computation and in the
-    order in which they were asked for. For other devices the same calls copy at once, without streams.
+    Args:
+        transfers: makes what copies to and from a device.
 
     Attributes:
         bytes: of all buffers, in use or not. Buffers are kept, so that this grows in the first step only.
         bytes_in_use: of the buffers that hold a copy now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transfers: Callable[[torch.device], Transfers] = Transfers) -> None:
         self.bytes = self.bytes_in_use = 0
         self._free: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)  # by bytes
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._make_transfers = transfers
+        self._transfers: dict[torch.device, Transfers] = {}
 
     def put(self, tensor: Tensor) -> HostCopy:
         """Start copying ``tensor`` (any shape, dtype and strides) to the host.
@@ -35,7 +40,7 @@ class HostPool:
         """A host buffer ``[size]`` uint8 for copies from and to ``device``; a new one where none is free."""
         free = self._free[device, size]
         if not free:
-            free.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"))
+            free.append(self.transfers(device).host_memory(size))
             self.bytes += size
         self.bytes_in_use += size
         return free.pop()
@@ -45,13 +50,37 @@ class HostPool:
         self.bytes_in_use -= buffer.nbytes
         self._free[device, buffer.nbytes].append(buffer)
 
-    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        """The side stream of ``device``, on which all its copies run; None where there are no streams."""
-        if device.type != "cuda":
-            return None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def transfers(self, device: torch.device) -> Transfers:
+        """What copies to and from ``device``."""
+        if device not in self._transfers:
+            self._transfers[device] = self._make_transfers(device)
+        return self._transfers[device]
+
+
+class Arriving:
+    """A tensor on its way to the device."""
+
+    def __init__(self, transfers: Transfers, host: Tensor) -> None:
+        """Start copying ``host``, whose sequences ``host[b]`` are contiguous."""
+        self._transfers = transfers
+        self._tensor: Tensor | None = torch.empty(host.shape, dtype=host.dtype, device=transfers.device)
+        pairs = [(self._tensor, host)] if host.is_contiguous() else list(zip(self._tensor, host, strict=True))
+        self._done = transfers.start(pairs)
+
+    def get(self) -> Tensor:
+        """The tensor, contiguous; what is computed from now on waits for it. Not a second time."""
+        tensor = self._tensor
+        assert tensor is not None
+        self._end()
+        return tensor
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._tensor is not None:
+            self._transfers.wait(self._done)
+            self._tensor = None
 
 
 class HostCopy:
@@ -64,13 +93,12 @@ class HostCopy:
     def __init__(self, pool: HostPool, tensor: Tensor) -> None:
         self._pool = pool
         self._device = tensor.device
-        self._stream = pool.stream(tensor.device)
-        self._done: torch.cuda.Event | None = None
+        self._transfers = pool.transfers(tensor.device)
         self._buffer: Tensor | None = pool.acquire(tensor.nbytes, tensor.device)
         self._host = self._buffer.view(tensor.dtype).view(tensor.shape)
-        self._source: Tensor | None = tensor.detach()
-        self._fetched: Tensor | None = None
-        self._copy(self._host, self._source)
+        self._source: Tensor | None = tensor.detach().contiguous()
+        self._arriving: Arriving | None = None
+        self._left: Any = self._transfers.start([(self._host, self._source)])
 
     def settle(self) -> None:
         """Let go of the tensor on the device.
@@ -79,18 +107,16 @@ class HostCopy:
         the tensor's memory free.
         """
         if self._source is not None:
-            self._wait()
+            self._transfers.wait(self._left)
             self._source = None
 
     def fetch(self) -> None:
         """Start copying back to the device. No more than a hint: nothing where that was done before."""
-        if self._buffer is not None and self._fetched is None:
-            self.settle()
-            self._fetched = torch.empty_like(self._host, device=self._device, pin_memory=False)
-            self._copy(self._fetched, self._host)
+        if self._buffer is not None and self._arriving is None:
+            self._arriving = self.begin_read()
 
-    def read(self, rows: slice) -> Tensor:
-        """The rows ``[:, rows]`` of the tensor, copied to the device; the host keeps all.
+    def begin_read(self, rows: slice = slice(None)) -> Arriving:
+        """Start copying the rows ``[:, rows]`` of the tensor to the device; the host keeps all.
 
         Raises:
             RuntimeError: after :meth:`get`.
@@ -98,11 +124,11 @@ class HostCopy:
         if self._buffer is None:
             raise RuntimeError("a tensor kept in host memory is read after its buffer was given back.")
         self.settle()
-        kept = self._host[:, rows]
-        target = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
-        for ours, theirs in zip(target, kept, strict=True):  # contiguous each: a strided copy would be staged at once,
-            ours.copy_(theirs, non_blocking=True)  # by the CPU, which does not wait for what settle() waits for
-        return target
+        return Arriving(self._transfers, self._host[:, rows] if rows != slice(None) else self._host)
+
+    def read(self, rows: slice) -> Tensor:
+        """The rows ``[:, rows]`` of the tensor, contiguous on its device; the host keeps all."""
+        return self.begin_read(rows).get()
 
     def get(self) -> Tensor:
         """The tensor, contiguous on its device again. Its buffer goes back to the pool.
@@ -111,12 +137,12 @@ class HostCopy:
             RuntimeError: the second time.
         """
         self.fetch()
-        tensor = self._fetched
-        if tensor is None:
+        if self._arriving is None:
             raise RuntimeError(
                 "a tensor kept in host memory is asked for a second time, after its buffer was given back; "
                 "run forward again before another backward pass."
             )
+        tensor = self._arriving.get()
         self._end()
         return tensor
 
@@ -125,21 +151,6 @@ class HostCopy:
 
     def _end(self) -> None:
         if self._buffer is not None:
-            self._wait()
+            self.settle()
             self._pool.release(self._buffer, self._device)
-            self._buffer = self._source = self._fetched = None
-
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        """Queue the copy behind what the device computes now."""
-        if self._stream is None:
-            target.copy_(source)
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            self._done = self._stream.record_event()
-
-    def _wait(self) -> None:
-        """Queue what the device computes from now on behind this copy."""
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
+            self._buffer = self._arriving = None

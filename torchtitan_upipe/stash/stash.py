@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,14 +13,21 @@ Place = tuple[int, int]  # (stage, query tile)
 PutAway = Callable[[Tensor], "Kept"]
 
 
+class Reading(Protocol):
+    """A tensor asked for."""
+
+    def get(self) -> Tensor:
+        """The tensor, on the device."""
+
+
 class Kept(Protocol):
     """A tensor put away, on the device or on the host (:class:`~torchtitan_upipe.stash.host_pool.HostCopy`)."""
 
     def settle(self) -> None:
         """Nothing holds the tensor's memory on the device any more, if it was put elsewhere."""
 
-    def read(self, rows: slice) -> Tensor:
-        """The rows ``[:, rows]`` on the device; the tensor stays here."""
+    def begin_read(self, rows: slice) -> Reading:
+        """Ask for the rows ``[:, rows]``; the tensor stays here."""
 
     def fetch(self) -> None:
         """A hint that :meth:`get` comes soon."""
@@ -37,9 +45,9 @@ class KeptOnDevice:
     def settle(self) -> None:
         """Nothing to do."""
 
-    def read(self, rows: slice) -> Tensor:
+    def begin_read(self, rows: slice) -> KeptOnDevice:
         """A view."""
-        return self.tensor[:, rows]
+        return KeptOnDevice(self.tensor[:, rows])
 
     def fetch(self) -> None:
         """Nothing to do."""
@@ -47,6 +55,17 @@ class KeptOnDevice:
     def get(self) -> Tensor:
         """The tensor itself."""
         return self.tensor
+
+
+def read_ahead(wanted: Iterable[tuple[Kept, slice]]) -> Iterator[Tensor]:
+    """``[:, rows]`` of each tensor put away, the next one on its way while the caller works with this one."""
+    coming: deque[Reading] = deque()
+    for kept, rows in wanted:
+        coming.append(kept.begin_read(rows))
+        if len(coming) > 1:
+            yield coming.popleft().get()
+    while coming:
+        yield coming.popleft().get()
 
 
 class Stash:
@@ -80,9 +99,9 @@ class Stash:
             kept.settle()
         self._newest = ()
 
-    def output(self, place: Place, rows: slice) -> Tensor:
-        """``o[:, rows]`` of ``place``, which stays here."""
-        return self._kept[place][0].read(rows)
+    def outputs(self, wanted: Iterable[tuple[Place, slice]]) -> Iterator[Tensor]:
+        """``o[:, rows]`` of each place, which stays here; see :func:`read_ahead`."""
+        return read_ahead((self._kept[place][0], rows) for place, rows in wanted)
 
     def fetch(self, place: Place) -> None:
         """A hint that ``place`` is taken next."""
