@@ -116,6 +116,6 @@ class _Deferring(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.copy_.default:
             return func(*args, **(kwargs or {}))
-        assert kwargs == {} and args[2] is True, "non_blocking"
+        assert args[2:] == (True,), "non_blocking"
         self.streams.defer(*args[:2])
         return args[0]

@@ -80,6 +80,13 @@ def test_cuda_kernels_are_refused_on_cpu(name: str) -> None:
         check_kernel(name, "cpu", torch.bfloat16)
 
 
+def test_cudnn_is_refused_where_gradients_must_repeat() -> None:
+    check_kernel("cudnn", "simulated", torch.bfloat16)
+    check_kernel("sdpa", "simulated", torch.bfloat16, deterministic=True)
+    with pytest.raises(ValueError, match="no deterministic backward"):
+        check_kernel("cudnn", "simulated", torch.bfloat16, deterministic=True)
+
+
 def test_float32_is_refused_by_cuda_flash() -> None:
     with pytest.raises(ValueError, match="computes in bfloat16 on CUDA"):
         check_kernel("sdpa", "cuda", torch.float32)

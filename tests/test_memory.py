@@ -65,6 +65,8 @@ def cases() -> Iterator[Case]:
         yield Case(model, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
         yield Case(model, "upipe", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
+    deterministic = ("--debug.deterministic", "--training.seq_len", "131072")  # more than a call's least rows
+    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *deterministic))
 
 
 CASES = list(cases())

@@ -1,4 +1,4 @@
-"""Copies beside the computation: nothing is used before its event, nothing is held longer than said, nothing rounded up.
+"""Copies beside the computation: nothing used before its event, held longer than said, or rounded up.
 
 ``late_streams.py`` stands for a GPU's side stream.
 """

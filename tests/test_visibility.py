@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.strategies import patient
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.cp.segments import QueryRows, query_tiles
-from torchtitan_upipe.kernels.pieces import rectangles
-from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
+from torchtitan_upipe.kernels.launches import rectangles
+from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, cut_rows, visible_pieces
 
 LENGTH = 32
 
@@ -83,7 +83,7 @@ def pairs_of_calls(piece: Piece) -> list[Pair]:
 
 
 def check(queries: Tokens, keys: Tokens, starts: tuple[int, ...], max_rows: int | None) -> None:
-    pieces = visible_pieces(queries, keys, starts, max_rows)
+    pieces = [tile for piece in visible_pieces(queries, keys, starts) for tile in cut_rows(piece, max_rows)]
     expected = visible_pairs(queries, keys, starts)
     rows = [row for piece in pieces for row in range(*piece.rows)]
     assert rows == sorted({row for row, _ in expected})  # rising, each in one piece, none that sees nothing
@@ -132,16 +132,18 @@ def test_rows_of_tokens(stored: tuple[Interval, ...], position: int, data: st.Da
 def test_few_pieces() -> None:
     whole, early, late = Tokens(((0, 32),)), zigzag_tokens(32, 0, 2), zigzag_tokens(32, 1, 2)  # chunks 0, 3 and 1, 2
     causal = Piece((0, 32), (0, 32), causal=True)
-    assert visible_pieces(whole, whole) == [causal]
+    assert list(visible_pieces(whole, whole)) == [causal]
     assert rectangles(causal) == [((0, 32), (0, 32), True)]
-    assert visible_pieces(early, early) == [Piece((0, 16), (0, 16), causal=True)]  # on its own keys: as one sequence
-    assert visible_pieces(late, early) == [Piece((0, 16), (0, 8), causal=False)]
-    assert visible_pieces(early, late) == [Piece((8, 16), (0, 16), causal=False)]
-    assert visible_pieces(whole, whole, starts=(0, 5, 20)) == [
+    assert list(visible_pieces(early, early)) == [
+        Piece((0, 16), (0, 16), causal=True)
+    ]  # on its own keys: as one sequence
+    assert list(visible_pieces(late, early)) == [Piece((0, 16), (0, 8), causal=False)]
+    assert list(visible_pieces(early, late)) == [Piece((8, 16), (0, 16), causal=False)]
+    assert list(visible_pieces(whole, whole, starts=(0, 5, 20))) == [
         Piece((0, 5), (0, 5), causal=True),
         Piece((5, 20), (5, 20), causal=True),
         Piece((20, 32), (20, 32), causal=True),
     ]
-    tiles = visible_pieces(whole, whole, max_rows=20)
+    tiles = cut_rows(causal, 20)
     assert tiles == [Piece((0, 20), (0, 20), causal=True), Piece((20, 32), (0, 32), causal=True)]
     assert rectangles(tiles[1]) == [((20, 32), (20, 32), True), ((20, 32), (0, 20), False)]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.launches import LARGEST
 from torchtitan_upipe.kernels.pieces import attend, attend_backward
-from torchtitan_upipe.kernels.visibility import Documents, Interval, Piece, Tokens, visible_pieces
+from torchtitan_upipe.kernels.visibility import Documents, Interval, Known, Piece, Tokens, visible_pieces
 
 
 class SequenceAttention(Protocol):
@@ -71,7 +72,7 @@ class LocalAttention:
         tokens = Tokens(((0, k.shape[1]),))
         parts = [
             attend(self.kernel, q[b], k[b], v[b], pieces, scale=scale)
-            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents)
+            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents, q)
         ]
         return _join(parts)  # type: ignore[return-value]
 
@@ -105,18 +106,28 @@ class LocalAttention:
                 into=None if into is None else (into[0][b], into[1][b]),
                 max_keys=None if self.key_tiles == 1 else -(-k.shape[1] // self.key_tiles),
             )
-            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents)
+            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents, q)
         ]
         if into is None:
             return _join(parts)  # type: ignore[return-value]
         return _join([part[:1] for part in parts])[0], *into
 
 
-def by_sequence(queries: Tokens, keys: Tokens, documents: Documents | None) -> list[tuple[slice, list[Piece]]]:
-    """What queries see of keys, for all sequences of the batch at once or, with documents, for each of them."""
-    if documents is None:
-        return [(slice(None), visible_pieces(queries, keys))]
-    return [(slice(b, b + 1), visible_pieces(queries, keys, starts)) for b, starts in enumerate(documents.starts)]
+def by_sequence(
+    queries: Tokens, keys: Tokens, documents: Documents | None, q: Tensor
+) -> list[tuple[slice, Known[Piece]]]:
+    """What queries see of keys, for all sequences of the batch at once or for each of them.
+
+    For each with documents, and where ``q [B, Sq, h, d]`` is too large for one launch: in a batch FlashAttention-2's
+    backward counts elements in 32 bits (torch 2.11, flash-attn 2.8.3; mended in torch 2.13), in one sequence it does
+    not.
+    """
+    if documents is not None:
+        return [(slice(b, b + 1), documents.visible(b, queries, keys)) for b in range(len(documents.starts))]
+    pieces = visible_pieces(queries, keys)
+    if len(keys) * q.shape[0] * q.shape[2] * q.shape[3] <= LARGEST:
+        return [(slice(None), pieces)]
+    return [(slice(b, b + 1), pieces) for b in range(q.shape[0])]
 
 
 def _join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ class RingAttention:
             if not last:
                 self.exchange.start(kv)  # travels while this step computes
             queries, keys = self._tokens(step, rows, k.shape[1])
-            for b, pieces in by_sequence(queries, keys, documents):
+            for b, pieces in by_sequence(queries, keys, documents, q):
                 for at, *part in partial_attention(self.kernel, q[b], kv[0][b], kv[1][b], pieces, scale=scale):
                     merge_partial(out[b, at], lse[b, :, at], *part)
             if not last:
@@ -101,7 +101,7 @@ class RingAttention:
                         self.kernel, dout[b], q[b], kv[0][b], kv[1][b], out[b], lse[b], pieces, scale=scale
                     ),
                 )
-                for b, pieces in by_sequence(queries, keys, documents)
+                for b, pieces in by_sequence(queries, keys, documents, q)
                 if pieces
             ]
             if step > 0:  # what the ranks before have summed for these keys

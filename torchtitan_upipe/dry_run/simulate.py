@@ -160,6 +160,7 @@ def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
     """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
     leave_out_what_holds_nothing(config)
     moments = Moments()
+    torch.use_deterministic_algorithms(False)  # of the job before, maybe
     with FakeTensorMode(), Meter(moments) as meter:
         trainer = DryTrainer(config)
         (model,) = trainer.model_parts

@@ -39,7 +39,8 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
-    check_kernel(config.context_parallel.attention_kernel, device_type, _attention_dtype(config))
+    kernel = config.context_parallel.attention_kernel
+    check_kernel(kernel, device_type, _attention_dtype(config), config.debug.deterministic)
 
 
 def _attention_dtype(config: JobConfig) -> torch.dtype:

@@ -46,6 +46,8 @@ class JobShape:
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
         stash_budget: host bytes for the stashes of all layers; 0 = no limit.
+        kernel: ``context_parallel.attention_kernel``.
+        deterministic: ``debug.deterministic``.
         workspace: count what the attention kernel's backward holds beside its results.
     """
 
@@ -68,6 +70,8 @@ class JobShape:
     checkpoint: bool
     offload: bool
     positions: bool
+    kernel: str
+    deterministic: bool
     workspace: bool
 
     @property
@@ -143,6 +147,8 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         checkpoint=config.activation_checkpoint.mode == "full",
         offload=config.activation_checkpoint.offload,
         positions=degree > 1 or training.document_mask,
+        kernel=cp.attention_kernel,
+        deterministic=config.debug.deterministic,
         workspace=workspace,
     )
 

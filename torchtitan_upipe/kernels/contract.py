@@ -41,6 +41,9 @@ class AttentionKernel(Protocol):
         ``out`` and ``lse`` must be those of the whole softmax row, which need not have been made in one call.
         """
 
+    def backward_rows(self, q: Tensor) -> int | None:
+        """Query rows that one :meth:`backward` for ``q`` should have at most; None where any number is as good."""
+
 
 @runtime_checkable
 class VarlenKernel(AttentionKernel, Protocol):

@@ -13,6 +13,7 @@ from flash_attn.flash_attn_interface import (
 )
 from torch import Tensor
 
+from torchtitan_upipe.kernels.deterministic import backward_rows
 from torchtitan_upipe.kernels.varlen import offsets, pack_lse, unpack_lse
 
 FIXED = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
@@ -55,6 +56,9 @@ class FlashAttn2Kernel:
             **FIXED,
         )
         return dq, dk, dv
+
+    def backward_rows(self, q: Tensor) -> int | None:
+        return backward_rows(q)
 
     def forward_varlen(
         self,

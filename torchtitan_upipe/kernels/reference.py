@@ -31,6 +31,9 @@ class ReferenceKernel:
         dk = (dscores.transpose(-1, -2) @ _group_heads(q, kv_heads)).sum(dim=2)
         return _merge_heads(dq).to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
+    def backward_rows(self, q: Tensor) -> int | None:
+        return None
+
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()

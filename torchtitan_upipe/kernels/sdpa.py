@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchtitan_upipe.kernels.deterministic import backward_rows
 from torchtitan_upipe.kernels.varlen import offsets, pack_lse, unpack_lse
 
 aten = torch.ops.aten
@@ -28,6 +29,9 @@ class CpuFlashKernel:
             *_bhsd(dout, q, k, v, out), lse, 0.0, causal, scale=scale
         )
         return _bhsd(*grads)  # type: ignore[return-value]
+
+    def backward_rows(self, q: Tensor) -> int | None:
+        return None
 
 
 class CudaFlashKernel:
@@ -62,6 +66,9 @@ class CudaFlashKernel:
             scale=scale,
         )
         return _bhsd(*grads)  # type: ignore[return-value]
+
+    def backward_rows(self, q: Tensor) -> int | None:
+        return backward_rows(q) if self.name == "sdpa" else None
 
     def forward_varlen(
         self,
@@ -152,6 +159,9 @@ class CudnnKernel:
             scale=scale,
         )
         return _bhsd(*grads)  # type: ignore[return-value]
+
+    def backward_rows(self, q: Tensor) -> int | None:
+        return None
 
 
 def _bhsd(*tensors: Tensor) -> tuple[Tensor, ...]:

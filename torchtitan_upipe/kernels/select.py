@@ -10,19 +10,20 @@ from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.reference import ReferenceKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel, CudaFlashKernel, CudnnKernel
-from torchtitan_upipe.kernels.simulated import SimulatedKernel
+from torchtitan_upipe.kernels.simulated import VARLEN, SimulatedKernel, SimulatedVarlenKernel
 
 KERNEL_NAMES = ("auto", "sdpa", "cudnn", "flash2", "flash3", "reference")
 CUDA_ONLY = {"cudnn": "", "flash2": "flash_attn", "flash3": "flash_attn_interface"}  # name -> module it needs
 
 
-def check_kernel(name: str, device_type: str, dtype: torch.dtype) -> None:
+def check_kernel(name: str, device_type: str, dtype: torch.dtype, deterministic: bool = False) -> None:
     """Refuse a kernel that cannot run here.
 
     Args:
         name: one of ``KERNEL_NAMES``.
         device_type: ``"cpu"`` or ``"cuda"``.
         dtype: what attention will compute in.
+        deterministic: gradients must be the same in every run.
 
     Raises:
         ValueError: the name is unknown, the kernel needs CUDA, a package or a precision that is not there.
@@ -33,6 +34,11 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype) -> None:
         raise ValueError(
             f"attention_kernel = {name!r} runs on CUDA only and this job runs on {device_type}; "
             'use "auto", "sdpa" or "reference".'
+        )
+    if name == "cudnn" and deterministic:
+        raise ValueError(
+            'attention_kernel = "cudnn" has no deterministic backward, which debug.deterministic = true asks for; '
+            'use "sdpa", "flash2" or "flash3", or remove the field.'
         )
     if device_type == SIMULATED:
         return  # stands for a machine that may have what this one lacks
@@ -61,7 +67,7 @@ def resolve_kernel(name: str, device_type: str) -> str:
 def build_kernel(name: str, device_type: str) -> AttentionKernel:
     """Build the kernel ``name`` (already checked by :func:`check_kernel`) for ``device_type``."""
     if device_type == SIMULATED:
-        return SimulatedKernel(name)
+        return SimulatedVarlenKernel(name) if name in VARLEN else SimulatedKernel(name)
     match resolve_kernel(name, device_type):
         case "reference":
             return ReferenceKernel()

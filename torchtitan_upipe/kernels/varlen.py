@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchtitan_upipe.kernels.visibility import Known
+
 
 @dataclass(frozen=True)
 class Offsets:
@@ -23,9 +25,13 @@ class Offsets:
 
 
 def offsets(lengths: Sequence[int], batch: int, device: torch.device) -> Offsets:
-    """Offsets of the same stretches in each of ``batch`` sequences."""
-    ends = torch.tensor([0, *lengths] + list(lengths) * (batch - 1), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Offsets(ends.to(device, non_blocking=True), max(lengths))
+    """Offsets of the same stretches in each of ``batch`` sequences; the same ones again where ``lengths`` are known."""
+
+    def make() -> Offsets:
+        ends = torch.tensor([0, *lengths] + list(lengths) * (batch - 1), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Offsets(ends.to(device, non_blocking=True), max(lengths))
+
+    return Known.of(lengths).work_out((batch, device), make)
 
 
 def unpack_lse(lse: Tensor, batch: int) -> Tensor:

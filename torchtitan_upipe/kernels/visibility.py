@@ -7,10 +7,35 @@ query sees the keys of its own document that do not come after it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 Interval = tuple[int, int]  # (start, stop)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Known(tuple[T, ...]):
+    """A tuple that remembers, as long as it lives, what has been worked out about it.
+
+    Of thousands of documents the same is asked in every layer and stage of a step.
+    """
+
+    def __init__(self, items: Iterable[T] = ()) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(cls, items: Iterable[T]) -> Known[T]:
+        """``items`` themselves, where they are known already."""
+        return items if isinstance(items, Known) else cls(items)
+
+    def work_out(self, what: Hashable, make: Callable[[], R]) -> R:
+        """The answer to ``what``; ``make`` is called where it was not asked before."""
+        if what not in self._found:
+            self._found[what] = make()
+        found: R = self._found[what]
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,13 @@ class Documents:
     """
 
     starts: tuple[tuple[int, ...], ...]
+    _seen: Known[int] = field(default_factory=Known, compare=False, repr=False)
+
+    def visible(self, sequence: int, queries: Tokens, keys: Tokens) -> Known[Piece]:
+        """:func:`visible_pieces` in this sequence of the batch, found once and kept."""
+        return self._seen.work_out(
+            (sequence, queries, keys), lambda: visible_pieces(queries, keys, self.starts[sequence])
+        )
 
 
 @dataclass(frozen=True)
@@ -71,16 +103,13 @@ class Piece:
         return self.keys[1] - other.keys[1] == (self.rows[1] - self.rows[0] if self.causal else 0)
 
 
-def visible_pieces(
-    queries: Tokens, keys: Tokens, starts: Sequence[int] = (0,), max_rows: int | None = None
-) -> list[Piece]:
+def visible_pieces(queries: Tokens, keys: Tokens, starts: Sequence[int] = (0,)) -> Known[Piece]:
     """What ``queries`` see of ``keys``; every query row stands in at most one piece.
 
     Args:
         queries: positions of the query rows.
         keys: positions of the key rows.
         starts: where documents begin, rising from 0.
-        max_rows: cut pieces to this many query rows (query tiles).
     """
     cuts = sorted({*starts, *(edge for interval in keys.intervals for edge in interval)})
     pieces: list[Piece] = []
@@ -98,11 +127,14 @@ def visible_pieces(
                 earlier = pieces.pop()
                 piece = Piece((earlier.rows[0], piece.rows[1]), piece.keys, piece.causal)
             pieces.append(piece)
-    return pieces if max_rows is None else [tile for piece in pieces for tile in _tiles(piece, max_rows)]
+    return Known(pieces)
 
 
-def _tiles(piece: Piece, max_rows: int) -> list[Piece]:
+def cut_rows(piece: Piece, max_rows: int | None) -> list[Piece]:
+    """The same piece in tiles of at most so many query rows."""
     start, stop = piece.rows
+    if max_rows is None or stop - start <= max_rows:
+        return [piece]
     tiles = []
     for a in range(start, stop, max_rows):
         b = min(a + max_rows, stop)

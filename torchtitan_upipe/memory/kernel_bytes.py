@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.job.shape import JobShape
-from torchtitan_upipe.kernels.pieces import Rectangle, rectangles
+from torchtitan_upipe.kernels.deterministic import PROCESSORS, rows_of_a_call, sums_of_dq
+from torchtitan_upipe.kernels.launches import Launch, plan_launches
+from torchtitan_upipe.kernels.simulated import FLASH2, PADDING, VARLEN
 from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
 from torchtitan_upipe.memory.account import Account, Block
 
@@ -36,14 +38,13 @@ class AttentionBytes:
         """``out``, ``lse``."""
         if self.job.ring > 1:
             return self._ring_forward()
-        pieces = self._pieces(0)
-        if len(pieces) == 1:
-            out, lse = next(self._parts(pieces))
-            return self._rounded(out), lse
-        result = self._out(self.row_count), self._lse(self.row_count)
-        for part in self._parts(pieces):
-            self.account.free(*part)
-        return result
+        result: tuple[Block, Block] | None = None
+        for out, lse, rows in self._parts(self._pieces(0)):
+            if rows == self.row_count:
+                return self._rounded(out), lse
+            result = result or (self._out(self.row_count), self._lse(self.row_count))
+            self.account.free(out, lse)
+        return result or (self.account.hold(0), self.account.hold(0))
 
     def backward(self, into: bool = False) -> list[Block]:
         """``dq, dk, dv``; without the last two where they are added ``into`` sums that the caller holds."""
@@ -57,46 +58,70 @@ class AttentionBytes:
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
-    def _pieces(self, step: int) -> list[Piece]:
+    def _pieces(self, step: int) -> Sequence[Piece]:
         job = self.job
         ring_rank = job.rank // job.ulysses
         mine = zigzag_tokens(job.length, ring_rank, job.ring).rows(self.rows)
         arrived: Tokens = zigzag_tokens(job.length, (ring_rank - step) % job.ring, job.ring)
         return visible_pieces(mine, arrived)
 
-    def _parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[Block, Block]]:
-        for piece in pieces:
-            rows = piece.rows[1] - piece.rows[0]
-            out, lse = self._out(rows), self._lse(rows)
-            for _ in rectangles(piece)[1:]:
-                out = self.account.recast(out, self._size(rows, self.heads, self.wide))
-                part = self._out(rows), self._lse(rows)
-                self._merge(rows)
-                self.account.free(*part)
-            yield out, lse
+    def _parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[Block, Block, int]]:
+        """``out``, ``lse`` and the number of rows of what ``partial_attention`` yields; the caller frees the blocks."""
+        account = self.account
+        merged: dict[Interval, tuple[Block, Block]] = {}
+        for launch in plan_launches(pieces, self._elements()):
+            out, lse = self._out(launch.rows), self._lse(launch.rows)
+            alone = [at.stop - at.start for _, at in launch.alone]
+            if not launch.shared and len(alone) == 1:
+                yield out, lse, launch.rows
+                continue
+            for rows in alone:  # views, which the caller need not free
+                yield account.hold(0), account.hold(0), rows
+            firsts = [interval for interval, _, _ in launch.shared if interval not in merged]
+            views = self.wide == self.job.element  # what is merged; else copies
+            account.free(lse, *([out] if views else []))
+            merged |= {i: (self._wide(i[1] - i[0]), self._lse(i[1] - i[0])) for i in firsts}
+            account.free(*([] if views else [out]))
+            for interval, _, last in launch.shared:
+                rows = interval[1] - interval[0]
+                if interval not in firsts:
+                    self._merge(rows)
+                if last:
+                    yield (*merged.pop(interval), rows)
+
+    def _elements(self) -> int | None:
+        job = self.job
+        return job.batch * self.heads * job.model.head_dim if job.kernel in VARLEN else None
 
     def _merge(self, rows: int) -> None:
         self.account.brief(self._size(rows, self.heads, self.wide), *[self._lse_size(rows)] * 3)
 
     def _call_backward(self, pieces: Sequence[Piece], into: bool = False, max_keys: int | None = None) -> list[Block]:
-        calls = [call for piece in pieces for call in rectangles(piece, max_keys)]
-        if len(calls) == 1 and calls[0][:2] == ((0, self.row_count), (0, self.keys)):
-            dq, *d_kv = self._kernel_backward(calls[0])
+        job = self.job
+        deterministic = job.deterministic and job.kernel in FLASH2
+        max_rows = rows_of_a_call(job.batch, self.heads, self.row_count, PROCESSORS, deterministic)
+        launches = plan_launches(pieces, self._elements(), max_keys, max_rows)
+        if len(launches) == 1 and launches[0].covers(self.row_count, self.keys):
+            dq, *d_kv = self._kernel_backward(launches[0])
             if into:
                 self.account.free(*d_kv)
             return [dq] if into else [dq, *d_kv]
         grads = [(self.row_count, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
         totals = [self.account.hold(self._size(*grad, self.wide)) for grad in grads[: 1 if into else 3]]
-        for call in calls:
-            self.account.free(*self._kernel_backward(call))
+        for launch in launches:
+            self.account.free(*self._kernel_backward(launch))
         return totals
 
-    def _kernel_backward(self, call: Rectangle) -> list[Block]:
-        rows, keys = (stop - start for start, stop in call[:2])
+    def _kernel_backward(self, launch: Launch) -> list[Block]:
+        job, rows, keys = self.job, launch.rows, launch.keys
         grads = [(rows, self.heads), (keys, self.kv_heads), (keys, self.kv_heads)]
         blocks = [self.account.hold(self._size(*grad)) for grad in grads]
-        if self.job.workspace:  # see kernels/simulated.py
-            kept = [self._size(rows, self.heads, 4), self._lse_size(rows)]
+        if job.workspace:  # see kernels/simulated.py
+            stretches = len(launch.row_lengths)
+            deterministic = job.deterministic and job.kernel in FLASH2
+            sums = sums_of_dq(job.batch * stretches, self.heads, PROCESSORS, deterministic)
+            padded = rows if launch.is_one else rows + PADDING * stretches
+            kept = [sums * self._size(padded, self.heads, 4), job.batch * self.heads * padded * 4]
             if self.heads != self.kv_heads:
                 kept += [self._size(keys, self.heads)] * 2
             self.account.brief(*kept, category="workspace")
@@ -110,10 +135,9 @@ class AttentionBytes:
         kv: list[Block] = []  # the first ones are the caller's
         for step in range(self.job.ring):
             arriving = [account.hold(kv_size)] if step + 1 < self.job.ring else []
-            for piece in self._pieces(step):
-                part = next(self._parts([piece]))
-                self._merge(piece.rows[1] - piece.rows[0])
-                account.free(*part)
+            for out_of_step, lse_of_step, rows in self._parts(self._pieces(step)):
+                self._merge(rows)
+                account.free(out_of_step, lse_of_step)
             account.free(*kv)
             kv = arriving
         return self._rounded(out), lse
@@ -149,6 +173,9 @@ class AttentionBytes:
 
     def _lse_size(self, rows: int) -> int:
         return self.job.batch * self.heads * rows * self.wide
+
+    def _wide(self, rows: int) -> Block:
+        return self.account.hold(self._size(rows, self.heads, self.wide))
 
     def _out(self, rows: int) -> Block:
         return self.account.hold(self._size(rows, self.heads))
