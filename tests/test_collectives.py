@@ -1,11 +1,13 @@
 """Values say where they come from: token t of batch b, head h, component c is ``1000 t + 100 b + 10 h + c``."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchtitan.distributed.utils import set_pg_timeouts
 
 from tests.ranks import RankError, run_ranks
 from torchtitan_upipe.cp.collectives import (
@@ -14,6 +16,7 @@ from torchtitan_upipe.cp.collectives import (
     differentiable_to_heads,
     differentiable_to_sequence,
 )
+from torchtitan_upipe.titan.dims import TrainerDims
 
 BATCH, TOKENS, WIDTH = 2, 3, 2
 
@@ -46,6 +49,18 @@ def exchange_rank(layout: list[list[int]]) -> tuple[int, int]:
     sum((o * coded(mine, heads)).sum() for o, heads in zip(out, layout, strict=True)).backward()  # type: ignore[union-attr]
     torch.testing.assert_close(heads_shard.grad, coded(everything, layout[rank]), rtol=0, atol=0)
     return exchange.traffic.calls, exchange.traffic.bytes
+
+
+def timeouts_of_a_hybrid() -> list[float]:
+    dims = TrainerDims(dp_replicate=1, dp_shard=1, cp=4, tp=1, pp=1, ep=1, etp=1, world_size=4)
+    dims.build_mesh()
+    groups = dims.hybrid_groups(ulysses_degree=2, ring_degree=2)
+    set_pg_timeouts(timedelta(seconds=77), dims)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_groups_of_a_hybrid_have_the_timeout_of_training() -> None:
+    assert run_ranks(timeouts_of_a_hybrid, 4) == [[77.0, 77.0]] * 4
 
 
 @pytest.mark.parametrize(

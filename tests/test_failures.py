@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -51,6 +53,29 @@ def local(path: Path, text: str) -> dict[str, object]:
 
 def rows(count: int, start: int = 0) -> str:
     return "".join(json.dumps({"text": f"document {i}: " + "words " * 60}) + "\n" for i in range(start, start + count))
+
+
+ENDING = """
+import atexit, sys, torch
+from torchtitan_upipe.device import leave
+torch._utils._get_available_device_type = lambda: sys.argv[1]
+atexit.register(lambda: print("interpreter ended"))
+leave(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("device, code, ended", [("cuda", 0, True), ("cuda", 1, False), ("cpu", 1, True)])
+def test_a_failed_rank_leaves_without_its_communicators(device: str, code: int, ended: bool) -> None:
+    """NCCL's would wait, at the interpreter's end, for ranks that wait for this one."""
+    result = subprocess.run([sys.executable, "-c", ENDING, device, str(code)], capture_output=True, text=True)
+    assert (result.returncode, "interpreter ended" in result.stdout) == (code, ended)
+
+
+def test_host_memory_that_cannot_be_locked_is_out_of_memory(tmp_path: Path) -> None:
+    config = read_job(job_args(tmp_path, 1, **LLAMA))
+    sentence = explain(config, MemoryError("the system would not page-lock 1.00 GiB more of host memory"))
+    assert sentence is not None
+    assert sentence.startswith("OutOfMemoryError: the system would not page-lock 1.00 GiB")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

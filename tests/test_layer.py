@@ -102,17 +102,17 @@ def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant], seed: int
     return [run_method(case, build(shape, variant), my_tokens(shape, variant), dtype) for variant in which]
 
 
-def strict_rank(shape: Shape, which: list[Variant]) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
-    """Results on the strict kernel, and how often each of its operators was called."""
+def strict_rank(shape: Shape, which: list[Variant], *kernel_and_largest: Any) -> tuple[list[Any], dict[str, int]]:
+    """Results on a strict kernel, and how often each of its operators was called."""
     with pytest.MonkeyPatch.context() as patch:
-        kernel, aten = strict_kernel(patch)
+        kernel, operators = strict_kernel(patch, *kernel_and_largest)
         results = []
         for variant in which:
             method = build(shape, variant, kernel=kernel)
             results.append(
                 run_method(Case(shape).rounded(torch.float32), method, my_tokens(shape, variant), torch.float32)
             )
-    return results, aten.calls
+    return results, operators.calls
 
 
 def gather(ranks: list[dict[str, Tensor]], ring_degree: int = 1) -> dict[str, Tensor]:
@@ -148,14 +148,27 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mas
 def test_nothing_asks_more_of_a_kernel_than_cuda_kernels_promise(name: str, mask: str) -> None:
     """Every method, ring and hybrids, batch 2, query tiles, documents, on tests/strict.py."""
     shape = SHAPES[name] if mask == "causal" else packed(SHAPES[name])
+    calls = check_strict(shape, variants(shape, 4))
+    assert set(calls) == {"forward", "backward", "varlen forward", "varlen backward"}
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+@pytest.mark.parametrize("kernel, largest", [("sdpa", 1 << 12), ("flash2", 1 << 12), ("cudnn", 1 << 31)])
+def test_each_wrapper_keeps_its_kernels_contract(kernel: str, largest: int, mask: str) -> None:
+    """The same of some layers on each kernel, where 32 bits end early."""
+    shape = SHAPES["kv2"] if mask == "causal" else packed(SHAPES["kv2"])
+    calls = check_strict(shape, variants(shape, 4)[::3], kernel, largest)
+    assert ("varlen backward" in calls) == (kernel != "cudnn")
+
+
+def check_strict(shape: Shape, which: list[Variant], *kernel_and_largest: Any) -> dict[str, int]:
     truth = run_layer(Case(shape).rounded(torch.float32), torch.float64)
-    which = variants(shape, 4)
-    ranks = run_ranks(strict_rank, 4, shape, which)
+    ranks = run_ranks(strict_rank, 4, shape, which, *kernel_and_largest)
     for i, variant in enumerate(which):
         got = gather([r[0][i] for r in ranks], ring_degree=variant[3])
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
-    assert set(ranks[0][1]) == {"forward", "backward", "varlen forward", "varlen backward"}
+    return ranks[0][1]
 
 
 BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few")

@@ -65,14 +65,17 @@ def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with ``code``; on CPU without the interpreter's own end.
+    """End the process with ``code``; on CPU, or where the job has failed, without the interpreter's own end.
 
     Gloo's threads may still hold a tensor then, and freeing one while the interpreter shuts down aborts the process
-    (pytorch/pytorch#179291).
+    (pytorch/pytorch#179291). NCCL's communicators, of which a failed rank still has some, may wait there for ranks that
+    wait for this one.
     """
-    if torch._utils._get_available_device_type() != "cpu":
+    on_cpu = torch._utils._get_available_device_type() == "cpu"
+    if code == 0 and not on_cpu:
         sys.exit(code)
-    atexit._run_exitfuncs()
+    if on_cpu:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -95,8 +95,9 @@ def together(calls: Sequence[Rectangle], elements: int) -> list[list[Rectangle]]
     gradients, too. Calls of ``LONG`` rows or more stand alone, since packing them saves nothing.
 
     Args:
-        elements: of one row of queries over the whole batch of sequences; a launch has fewer than 2^31, which is as
-            far as FlashAttention-2's backward counts (torch 2.11, flash-attn 2.8.3; mended in torch 2.13).
+        elements: of one row of queries over the whole batch of sequences; the rows of a launch, and its keys with as
+            many heads, have fewer than 2^31, which is as far as FlashAttention-2's backward counts (torch 2.11,
+            flash-attn 2.8.3; mended in torch 2.13).
     """
     batches = [[call] for call in calls if _length(call[0]) >= LONG]
     most = max(LARGEST // elements, 1)
@@ -117,21 +118,23 @@ class _Batch:
     def __init__(self) -> None:
         self.calls: list[Rectangle] = []
         self._rows: set[Interval] = set()
-        self._count = 0
+        self._row_count = self._key_count = 0
 
     def takes(self, call: Rectangle, most: int) -> bool:
-        """Whether ``call`` overlaps none of these, and ``most`` rows are enough."""
+        """Whether ``call`` overlaps none of these, and ``most`` rows and keys are enough."""
         return (
             self.calls[-1][1][1] <= call[1][0]
             and call[0] not in self._rows
             and len(self.calls) < MOST_STRETCHES
-            and self._count + _length(call[0]) <= most
+            and self._row_count + _length(call[0]) <= most
+            and self._key_count + _length(call[1]) <= most
         )
 
     def add(self, call: Rectangle) -> None:
         self.calls.append(call)
         self._rows.add(call[0])
-        self._count += _length(call[0])
+        self._row_count += _length(call[0])
+        self._key_count += _length(call[1])
 
 
 def _launches(batches: Sequence[Sequence[Rectangle]]) -> Iterator[Launch]:

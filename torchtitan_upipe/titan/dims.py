@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torchtitan.distributed import ParallelDims
 
 
@@ -13,6 +14,16 @@ class TrainerDims(ParallelDims):
     It pads what ranks do not divide, shards for hybrids, finds documents and gives the model its labels: a model that
     needs one of these asks whether it was given these dimensions.
     """
+
+    def hybrid_groups(self, ulysses_degree: int, ring_degree: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The groups of the all-to-alls (neighbouring ranks) and of the ring (across) of a hybrid.
+
+        They are among this object's meshes from then on, so that TorchTitan sets their timeouts, too.
+        """
+        sizes = (self.world_size // self.cp, ring_degree, ulysses_degree)
+        grid = self.world_mesh._unflatten(0, sizes, ("batch", "ring", "ulysses"))
+        self._meshes |= {name: grid[name] for name in ("ring", "ulysses")}
+        return grid["ulysses"].get_group(), grid["ring"].get_group()
 
 
 class AttachedDims:

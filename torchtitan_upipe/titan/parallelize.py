@@ -86,7 +86,7 @@ class Parallelize:
         ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
         kernel = build_kernel(cp.attention_kernel, device_type)
         stashes = _stashes(job_config, parallel_dims.world_size, pool)
-        frequencies = self.rope.frequencies(model.model_args)
+        frequencies = self.rope.frequencies(model.model_args).to(device_type)  # once: a copy makes the host wait
         self.rope.drop_table(model)
         blocks: Any = model.layers
         for block, new_stash in zip(blocks.values(), stashes, strict=True):
@@ -149,9 +149,8 @@ def _groups(
         return mesh.get_group(), None
     if ulysses_degree == 1:
         return None, mesh.get_group()
-    batch = parallel_dims.world_size // parallel_dims.cp
-    grid = parallel_dims.world_mesh._unflatten(0, (batch, ring_degree, ulysses_degree), ("batch", "ring", "ulysses"))
-    return grid["ulysses"].get_group(), grid["ring"].get_group()
+    assert isinstance(parallel_dims, TrainerDims)  # the stock trainer's are refused
+    return parallel_dims.hybrid_groups(ulysses_degree, ring_degree)
 
 
 def _describe(upipe: UPipe, stash: str, stashes: Sequence[NewStash | None]) -> str:
