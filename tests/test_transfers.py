@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torchtitan_upipe.cp import gradients
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel
+from torchtitan_upipe.stash.hidden import HiddenStates
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.offload import BlockOffload
 from torchtitan_upipe.stash.stash import KeptOnDevice, Stash
@@ -190,3 +192,57 @@ def test_no_memory_to_lock() -> None:
     refusing = SimpleNamespace(cudaHostRegister=lambda *_: 2)
     with pytest.raises(MemoryError, match=r"page-lock 0\.00 GiB more of host memory \(CUDA error 2\)"):
         page_locked(5000, refusing)
+
+
+# --- hidden states ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_written_and_read_in_order() -> None:
+    """Two tiles on their way each, in whatever memory was used before."""
+    pool, streams = late_pool()
+    hidden = HiddenStates(pool)
+    slices = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    for attempt in range(2):
+        handle = hidden.new(torch.Size((2, 7, 4)), torch.float32, torch.device("cpu"))
+        values = torch.randn(2, 7, 4)
+        rows = hidden.of(handle)
+        before = streams.copies
+        for at in slices:
+            rows.write(at, values[:, at].clone())
+        assert streams.copies - before == 2 * 3  # a sequence at a time
+        assert streams.done - before == 2  # the first tile has made room for the third
+        for at, tile in zip(slices, rows.read(slices), strict=True):
+            assert torch.equal(tile, values[:, at])
+            rows.write(at, 2 * tile)  # in its own place, while the next one comes
+        assert torch.equal(torch.cat(list(rows.read(slices)), dim=1), 2 * values)
+        assert pool.bytes == pool.bytes_in_use == values.nbytes, attempt
+        del handle, rows
+        assert pool.bytes_in_use == 0
+    assert streams.broken == []
+
+
+def test_a_handle_stands_for_rows_through_autograd_and_for_nothing_else() -> None:
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            assert hidden.of(grads[0]) is gradient
+            return grads[0]
+
+    pool = HostPool()
+    hidden = HiddenStates(pool)
+    options = (torch.Size((1, 4, 2)), torch.bfloat16, torch.device("cpu"))
+    x = hidden.new(*options).requires_grad_()
+    rows = hidden.of(x)
+    y = Same.apply(x)
+    assert hidden.of(y) is hidden.of(y.detach()) is hidden.of(y.to(torch.bfloat16)) is rows
+    assert (y.shape, y.dtype, y.untyped_storage().nbytes()) == (rows.shape, rows.dtype, 2)
+    d_y = hidden.new(*options)
+    gradient = hidden.of(d_y)
+    y.backward(d_y)
+    with pytest.raises(RuntimeError, match="nothing but blocks"):
+        hidden.of(y + 1)
+    assert (y + 1).isnan().all()
