@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,59 +60,74 @@ class _Keep(torch.autograd.Function):
 
 class _TiledFeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kept: Any,
-        tile_size: int,
-        eps: float,
-        h: Tensor,
-        norm_weight: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        w3: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, kept: Any, tile_size: int, eps: float, h: Tensor, *weights: Tensor) -> Tensor:
         ctx.kept, ctx.tile_size, ctx.eps = kept, tile_size, eps
+        feed_forward = FeedForward(eps, *weights)
         out = torch.empty_like(h, memory_format=torch.contiguous_format)
         for h_tile, out_tile in zip(tiles(h, tile_size), tiles(out, tile_size), strict=True):
-            n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, eps).to(w1.dtype)
-            inner = F.silu(F.linear(n, w1))  # [tile_size, F]
-            inner *= F.linear(n, w3)
-            torch.add(h_tile, F.linear(inner, w2), out=out_tile)
-            del n, inner
+            feed_forward.forward(h_tile, out=out_tile)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, norm_weight, w1, w2, w3 = ctx.kept.saved_tensors
+        h, *weights = ctx.kept.saved_tensors
+        feed_forward = FeedForward(ctx.eps, *weights)
         dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-        d_norm, d_w1, d_w2, d_w3 = (zeros_to_sum(w) for w in (norm_weight, w1, w2, w3))
-
+        sums = feed_forward.new_sums()
         for h_tile, d_out, dh_tile in zip(*(tiles(t, ctx.tile_size) for t in (h, grads[0], dh)), strict=True):
-            # forward again, up to w2
-            n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, ctx.eps).to(w1.dtype)
-            gate, up = F.linear(n, w1), F.linear(n, w3)  # [tile_size, F]
-            activation = F.silu(gate)
+            feed_forward.backward(h_tile, d_out, sums, out=dh_tile)
+        return None, None, None, dh, *(d.to(w.dtype) for d, w in zip(sums, weights, strict=True))
 
-            # back through w2
-            dy = d_out.to(w2.dtype)
-            add_weight_gradient(d_w2, dy, activation * up)
-            d_inner = dy @ w2
 
-            # back to the outputs of w1 and w3; each product takes the place of a factor no longer needed
-            d_up = activation.mul_(d_inner)
-            d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
-            del gate, up, activation, d_inner, dy
-            add_weight_gradient(d_w1, d_gate, n)
-            add_weight_gradient(d_w3, d_up, n)
+@dataclass(frozen=True)
+class FeedForward:
+    """A tile of the feed-forward half of a block; see :func:`tiled_feed_forward`."""
 
-            # back through the norm; the residual's gradient is d_out itself
-            dn = torch.addmm(d_gate @ w1, d_up, w3)
-            del d_gate, d_up, n
-            dh_wide, d_norm_tile = rms_norm_backward(dn, h_tile, norm_weight, ctx.eps)
-            torch.add(d_out, dh_wide, out=dh_tile)
-            d_norm += d_norm_tile
-            del dn, dh_wide
+    eps: float
+    norm_weight: Tensor
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
 
-        d_weights = (d.to(w.dtype) for d, w in zip((d_norm, d_w1, d_w2, d_w3), (norm_weight, w1, w2, w3), strict=True))
-        return None, None, None, dh, *d_weights
+    def forward(self, h: Tensor, out: Tensor) -> None:
+        """Write ``h + w2(silu(w1(n)) * w3(n))`` of a tile ``h [n, D]`` into ``out``, like it."""
+        n = self._normalised(h)
+        inner = F.silu(F.linear(n, self.w1))  # [n, F]
+        inner *= F.linear(n, self.w3)
+        torch.add(h, F.linear(inner, self.w2), out=out)
+
+    def new_sums(self) -> tuple[Tensor, ...]:
+        """Where :meth:`backward` sums the gradients of the weights, in their order: float32 (float64 for float64)."""
+        return tuple(zeros_to_sum(w) for w in (self.norm_weight, self.w1, self.w2, self.w3))
+
+    def backward(self, h: Tensor, d_out: Tensor, sums: Sequence[Tensor], out: Tensor) -> None:
+        """Write the gradient of the tile ``h [n, D]`` into ``out``, like it, from ``d_out [n, D]``; add to ``sums``."""
+        d_norm, d_w1, d_w2, d_w3 = sums
+
+        # forward again, up to w2
+        n = self._normalised(h)
+        gate, up = F.linear(n, self.w1), F.linear(n, self.w3)  # [n, F]
+        activation = F.silu(gate)
+
+        # back through w2
+        dy = d_out.to(self.w2.dtype)
+        add_weight_gradient(d_w2, dy, activation * up)
+        d_inner = dy @ self.w2
+
+        # back to the outputs of w1 and w3; each product takes the place of a factor no longer needed
+        d_up = activation.mul_(d_inner)
+        d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
+        del gate, up, activation, d_inner, dy
+        add_weight_gradient(d_w1, d_gate, n)
+        add_weight_gradient(d_w3, d_up, n)
+
+        # back through the norm; the residual's gradient is d_out itself
+        dn = torch.addmm(d_gate @ self.w1, d_up, self.w3)
+        del d_gate, d_up, n
+        dh_wide, d_norm_tile = rms_norm_backward(dn, h, self.norm_weight, self.eps)
+        torch.add(d_out, dh_wide, out=out)
+        d_norm += d_norm_tile
+
+    def _normalised(self, h: Tensor) -> Tensor:
+        return F.rms_norm(h, self.norm_weight.shape, self.norm_weight, self.eps).to(self.w1.dtype)
