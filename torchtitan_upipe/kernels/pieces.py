@@ -21,22 +21,23 @@ MOST_STRETCHES = 65535 // 2  # of a launch, whose grid has 65,535 places in that
 def attend(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries that each stand in one piece.
+    """Attention of queries that each stand in one piece, or in none: ``out`` is zero then, ``lse`` minus infinity.
 
     Args:
         q: ``[B, Sq, h, d]``.
         k: ``[B, Sk, g, d]``.
         v: ``[B, Sk, g, d]``.
-        pieces: cover all query rows.
+        pieces: what the queries see.
 
     Returns:
         ``out [B, Sq, h, d]`` and ``lse [B, h, Sq]``, as :meth:`AttentionKernel.forward`.
     """
     parts = partial_attention(kernel, q, k, v, pieces, scale=scale)
-    if len(pieces) == 1:
+    if len(pieces) == 1 and pieces[0].rows == (0, q.shape[1]):
         ((_, out, lse),) = parts
         return out.to(q.dtype), lse
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulate_dtype(q.dtype))
+    out = torch.zeros_like(q)
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=accumulate_dtype(q.dtype))
     for rows, part, part_lse in parts:
         out[:, rows], lse[:, :, rows] = part, part_lse
     return out, lse

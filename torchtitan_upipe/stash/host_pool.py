@@ -83,7 +83,10 @@ class HostCopy:
             self._source = None
 
     def fetch(self) -> None:
-        """Start copying back to the device. No more than a hint: nothing where that was done before."""
+        """Start copying back to the device. No more than a hint: nothing where that was done before.
+
+        The next :meth:`get` or :meth:`read` of all rows is handed what arrives.
+        """
         if self._buffer is not None and self._fetched is None:
             self.settle()
             self._fetched = torch.empty_like(self._host, device=self._device, pin_memory=False)
@@ -98,6 +101,10 @@ class HostCopy:
         if self._buffer is None:
             raise RuntimeError("a tensor kept in host memory is read after its buffer was given back.")
         self.settle()
+        if self._fetched is not None and rows == slice(None):
+            self._wait()
+            fetched, self._fetched = self._fetched, None
+            return fetched
         kept = self._host[:, rows]
         target = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
         for ours, theirs in zip(target, kept, strict=True):  # contiguous each: a strided copy would be staged at once,
