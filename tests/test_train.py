@@ -31,6 +31,7 @@ def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
 def fpdt(chunk: int, stash: str = "device") -> dict[str, object]:
     return {
         "context_parallel__method": "fpdt",
+        "context_parallel__head_chunk": 0,
         "context_parallel__sequence_chunk": chunk,
         "context_parallel__stash": stash,
     }

@@ -142,6 +142,7 @@ class ChunkedLayer:
 
     def keep_queries(self, index: int, stage: int, q: Tensor, do: Tensor, o: Tensor, lse: Tensor) -> None:
         """Put away what :meth:`attend_backward` needs of the chunk's queries in ``stage``."""
+        self._keys.settle()
         self._queries.put((stage, index), q, do, o, lse)
 
     def attend_backward(self, index: int) -> tuple[dict[int, KVBlock], list[Tensor]]:

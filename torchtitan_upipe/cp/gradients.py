@@ -119,8 +119,8 @@ class LayerGradients:
             self.weight_grads[name] += grad
 
     def weight(self, name: str) -> Tensor | None:
-        """The gradient of weight ``name`` in its dtype, or None where the model has no such weight."""
-        grad = self.weight_grads.get(name)
+        """The gradient of weight ``name`` in its dtype, which leaves, or None where the model has no such weight."""
+        grad = self.weight_grads.pop(name, None)
         return None if grad is None else grad.to(getattr(self.weights, name).dtype)
 
     def input(self) -> Tensor:

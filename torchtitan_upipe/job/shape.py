@@ -14,6 +14,8 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor
 
+STASHING = ("upipe", "fpdt")  # the methods to which `stash` applies
+
 
 @dataclass(frozen=True)
 class ModelShape:
