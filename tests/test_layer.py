@@ -203,11 +203,12 @@ def bfloat16_square_errors(shape: Shape, degree: int, which: list[Variant], seed
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gqa", "kv2", "ragged"])
-def test_one_stage_is_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
+def test_one_stage_and_one_chunk_are_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
-    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none", 1), ("upipe", shape.heads, "device", 1)])
-    for ulysses, upipe in ranks:
-        assert torch.equal(ulysses["y"], upipe["y"])
+    which: list[Variant] = [("upipe", shape.heads, "device", 1), ("fpdt", shape.length, "device", 1)]
+    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none", 1), *which])
+    for ulysses, *others in ranks:
+        assert all(torch.equal(ulysses["y"], other["y"]) for other in others)
 
 
 @pytest.mark.cuda
