@@ -20,8 +20,8 @@ from torchtitan_upipe.memory.projection_bytes import attention_weights
 class FPDTBytes:
     """The account of one attention layer of one rank, causal over whole sequences.
 
-    Of the chunks that another meets one after another, the first and the last are walked through: those between are
-    like them.
+    The first two chunks and the last two are walked through, and of those that a chunk meets the first and the last:
+    all others are like them.
     """
 
     def __init__(self, account: Account, job: JobShape) -> None:
@@ -31,6 +31,7 @@ class FPDTBytes:
         self.stages = self.schedule.stages
         self.chunks = sequence_chunks(job.tokens, job.ulysses, job.sequence_chunk)
         self.count = len(self.chunks.slices)
+        self.walked = {0, 1, self.count - 2, self.count - 1} & set(range(self.count))
         self.newest: list[list[Block]] = []  # q, do, o, lse of a stage, on their way to the host
 
     def forward(self, stash: str, kept: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
@@ -45,6 +46,11 @@ class FPDTBytes:
         outputs: list[Block] = []
         newest: list[Block] = []  # o, lse on their way to the host
         for index in range(self.count):
+            if index not in self.walked:
+                if stash != "none":
+                    sizes = [size for s in range(len(self.stages)) for size in self._query_sizes(1, s)[2:]]
+                    outputs += [account.hold(size, "saved", host=stash == "host") for size in sizes]
+                continue
             own, tile = self._pair(index, index), self._tile(index)
             kv = self._keys(own)
             qs = self._queries(own, tile)
@@ -80,10 +86,16 @@ class FPDTBytes:
         ahead: list[list[Block]] = []
         kv: dict[int, KVBytes] = {}
         for index in range(self.count):
-            kv, ahead = self._keep_chunk(index, stashed, ahead)
+            if index in self.walked:
+                kv, ahead = self._keep_chunk(index, stashed, ahead)
+                continue
+            account.free(*(block for blocks in ahead for block in blocks))
+            ahead = []
+            for _ in self.stages if stashed else ():
+                account.free(*stashed.pop(0))
         if self.count > 1:
             self._settle()
-        for index in range(self.count):
+        for index in sorted(self.walked):
             kv, dqs = self._attend_backward(index, kv)
             self._project_back(index, kv, dqs)
         weights = []
@@ -97,12 +109,11 @@ class FPDTBytes:
         if self.count == 1:
             return 0
         total = 0
-        for index in range(self.count):
+        for index, times in ((0, 1), (1, self.count - 2), (self.count - 1, 1)):
             for s, stage in enumerate(self.stages):
                 q, do, o, lse = self._query_sizes(index, s)
-                total += q + do + (0 if stash == "host" else o + lse)
-                total += q // self.job.element * self.job.wide if index else 0  # dq
-                total += 2 * self._pair(index, index).keys_size(stage)
+                size = q + do + (0 if stash == "host" else o + lse) + 2 * self._pair(index, index).keys_size(stage)
+                total += times * (size + (self._wide(q) if index else 0))  # dq, which the first chunk's never becomes
         return total
 
     # --- phases -------------------------------------------------------------------------------------------------------
