@@ -8,6 +8,7 @@ is on its way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,22 +152,23 @@ class _FPDTLayer(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         fpdt: FPDT = ctx.fpdt
         layer = fpdt.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
-        everything = LayerGradients(
-            x, layer.whole.weights, ctx.head_dim, KeptOnDevice, summed=vars(layer.whole.weights)
-        )
-        dx = torch.empty_like(x)
+        collect = partial(LayerGradients, x, layer.whole.weights, ctx.head_dim, KeptOnDevice, others=())
 
         # what attention's backward needs of each chunk, to where chunks wait
+        of_output = collect(summed=("wo",))
         for i in range(len(layer.chunks.slices)):
             rows = layer.rows(i)
-            _keep_chunk(layer, i, ctx.stash, dy[:, rows], everything.of_rows(rows))
+            _keep_chunk(layer, i, ctx.stash, dy[:, rows], of_output.of_rows(rows))
+        d_weights = {"wo": of_output.weight("wo")}
 
+        inputs = ("wq", "wk", "wv", "q_norm", "k_norm")
+        of_inputs, dx = collect(summed=inputs), torch.empty_like(x)
         for j in range(len(layer.chunks.slices)):
             # attention, of all queries that see chunk j
             kv, dqs = layer.attend_backward(j)
 
             # exchange back, undo rope and norm; projections
-            chunk, total = layer.pair(j, j), everything.of_rows(layer.rows(j))
+            chunk, total = layer.pair(j, j), of_inputs.of_rows(layer.rows(j))
             for stage in layer.stages:
                 dq = chunk.to_sequence(stage, layer.tile(j), dqs.pop(0))  # [B, n, U, d]
                 total.add_queries(chunk, stage, dq)
@@ -175,8 +177,8 @@ class _FPDTLayer(torch.autograd.Function):
             dx[:, layer.rows(j)] = total.input()
             del total, kv
 
-        d_weights = [everything.weight(name) for name in vars(layer.whole.weights)]
-        return None, None, None, None, None, None, dx, *d_weights
+        d_weights |= {name: of_inputs.weight(name) for name in inputs}
+        return None, None, None, None, None, None, dx, *(d_weights[name] for name in vars(layer.whole.weights))
 
 
 def _keep_chunk(layer: ChunkedLayer, index: int, stash: Stash, dy: Tensor, total: LayerGradients) -> None:

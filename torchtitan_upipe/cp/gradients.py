@@ -24,6 +24,7 @@ from torchtitan_upipe.stash.stash import Kept, PutAway, Stash
 from torchtitan_upipe.tiled.tiles import row_slices
 
 ROWS = 8192  # tokens of one matrix product over all heads
+PROJECTIONS = ("wq", "wk", "wv")
 SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
 
 
@@ -47,7 +48,7 @@ class LayerGradients:
 
     Rows of the weight gradients are written where they belong. The heads' gradients wait for ``dx`` where the stash has
     put the stages' outputs: each takes the place that an output has left. Of the weights' gradients, those ``summed``
-    are kept in float32.
+    are kept in float32, and those of ``others`` in the weights' dtype.
     """
 
     x: Tensor
@@ -55,14 +56,18 @@ class LayerGradients:
     head_dim: int
     put_away: PutAway
     summed: Collection[str] = SUMMED
+    others: Collection[str] = PROJECTIONS
     weight_grads: dict[str, Tensor] = field(default_factory=dict)
     _heads: list[tuple[str, tuple[int, ...], Kept]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, weight in vars(self.weights).items():
-            if weight is not None and name not in self.weight_grads:
-                dtype = accumulate_dtype(weight.dtype) if name in self.summed else weight.dtype
-                self.weight_grads[name] = torch.zeros_like(weight, dtype=dtype)
+            if weight is None or name in self.weight_grads:
+                continue
+            if name in self.summed:
+                self.weight_grads[name] = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
+            elif name in self.others:
+                self.weight_grads[name] = torch.zeros_like(weight)
 
     def of_rows(self, rows: slice) -> LayerGradients:
         """Collects for the tokens ``rows`` alone, the weights' gradients in the same tensors."""
@@ -125,14 +130,13 @@ class LayerGradients:
 
     def input(self) -> Tensor:
         """``dx [B, N, D]``: one product over the query, key and value heads of all stages."""
-        names = ("wq", "wk", "wv")
-        weights = torch.cat([getattr(self.weights, name) for name in names])  # [(H + 2*G)*d, D]
-        sizes = [getattr(self.weights, name).shape[0] for name in names]
+        weights = torch.cat([getattr(self.weights, name) for name in PROJECTIONS])  # [(H + 2*G)*d, D]
+        sizes = [getattr(self.weights, name).shape[0] for name in PROJECTIONS]
         dx = torch.empty_like(self.x)
         self.settle()
         for rows in row_slices(0, self.x.shape[1], ROWS):
             heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
-            targets = dict(zip(names, heads.split(sizes, dim=-1), strict=True))
+            targets = dict(zip(PROJECTIONS, heads.split(sizes, dim=-1), strict=True))
             for name, placed, kept in self._heads:
                 grad = kept.read(rows)
                 _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, grad, add=name != "wq")

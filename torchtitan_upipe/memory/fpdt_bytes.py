@@ -80,8 +80,8 @@ class FPDTBytes:
     def backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         """The layer's backward pass; see :meth:`~torchtitan_upipe.memory.attention_bytes.UPipeBytes.backward`."""
         account, job = self.account, self.job
-        sums = [account.hold(self._wide(size), "gradients") for size in attention_weights(job)]
-        dx = account.hold(job.hidden)
+        *of_inputs, of_output = [self._wide(size) for size in attention_weights(job)]
+        d_wo = account.hold(of_output, "gradients")
         stashed = [list(kept[i : i + 2]) for i in range(0, len(kept), 2)]
         ahead: list[list[Block]] = []
         kv: dict[int, KVBytes] = {}
@@ -95,14 +95,12 @@ class FPDTBytes:
                 account.free(*stashed.pop(0))
         if self.count > 1:
             self._settle()
+        weights = [self._rounded(d_wo)]
+        sums, dx = [account.hold(size, "gradients") for size in of_inputs], account.hold(job.hidden)
         for index in sorted(self.walked):
             kv, dqs = self._attend_backward(index, kv)
             self._project_back(index, kv, dqs)
-        weights = []
-        for total in sums:
-            weights.append(account.recast(total, total.size // job.wide * job.element))
-        account.retag("gradients", *weights)
-        return dx, weights
+        return dx, [*weights, *map(self._rounded, sums)]
 
     def waiting(self, stash: str) -> int:
         """Host bytes of the chunks that wait in backward, beside a stash that is on the host and gives up its place."""
@@ -278,6 +276,12 @@ class FPDTBytes:
         rows, count = own.query_rows(self.stages[stage], self._tile(index)), self.stages[stage].queries.counts[own.rank]
         size = own.rows_size(count, rows)
         return size, size, size, self.job.batch * rows * count * self.job.wide
+
+    def _rounded(self, total: Block) -> Block:
+        """The gradient of a weight in its dtype."""
+        grad = self.account.recast(total, total.size // self.job.wide * self.job.element)
+        self.account.retag("gradients", grad)
+        return grad
 
     def _wide(self, size: int) -> int:
         return size // self.job.element * self.job.wide
