@@ -16,7 +16,7 @@ from benchmarks.results import ArmResult
 from benchmarks.tables import MEASURED, PREDICTED, arm_names, memory_unit
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
-COLOURS = {"upipe": "#D55E00", "ulysses": "#0072B2", "ring": "#009E73", "torchtitan": "#CC79A7"}
+COLOURS = {"upipe": "#D55E00", "ulysses": "#0072B2", "ring": "#009E73", "torchtitan": "#CC79A7", "fpdt": "#56B4E9"}
 MARKERS = "osD^vP*X"
 ONE_ROW = 60  # characters of names that fit into one row of a legend
 SPREAD = 3.0  # from this ratio of largest to smallest on, an axis is logarithmic

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 PAPER = Path(__file__).parent / "data" / "paper_throughput.csv"
 NAMES = {("llama3_upipe", "8B"): "Llama3-8B", ("qwen3_upipe", "32B"): "Qwen3-32B"}  # the published spelling
 JOB_FILES = {"Llama3-8B": "llama3_8b", "Qwen3-32B": "qwen3_32b"}
-OUR_METHODS = {"native_pytorch": "torchtitan", "ring": "ring", "ulysses": "ulysses", "upipe": "upipe"}
+OUR_METHODS = {"native_pytorch": "torchtitan", "ring": "ring", "ulysses": "ulysses", "upipe": "upipe", "fpdt": "fpdt"}
 
 
 @dataclass(frozen=True)

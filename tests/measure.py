@@ -25,9 +25,9 @@ from tests.test_layer import (
     gather,
     layer_rank,
     packed,
-    traffic_rank,
     variants,
 )
+from tests.test_layer_traffic import traffic_rank
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.dry_run.live_bytes import LiveBytes
@@ -75,7 +75,7 @@ def layer_errors() -> str:
 
 
 def _each(ranks: list[list[dict[str, torch.Tensor]]], which: list[Variant]) -> list[dict[str, torch.Tensor]]:
-    return [gather([r[i] for r in ranks], ring_degree=which[i][3]) for i in range(len(which))]
+    return [gather([r[i] for r in ranks], variant) for i, variant in enumerate(which)]
 
 
 def balance() -> str:
@@ -97,25 +97,31 @@ def losses() -> str:
             seed = from_seed(seed_checkpoint(Path(folder) / "seed", **model))
             one = train(Path(folder) / "one", 1, *seed, **model, context_parallel__method="ulysses")
             for degree in (2, 4):
-                for method, chunk in (("ulysses", 0), ("upipe", degree), ("upipe", 0)):
-                    options = {"context_parallel__method": method, "context_parallel__head_chunk": chunk}
+                for method, chunk in (("ulysses", 0), ("upipe", degree), ("upipe", 0), ("fpdt", 64)):
+                    field = "sequence_chunk" if method == "fpdt" else "head_chunk"
+                    options = {"context_parallel__method": method, f"context_parallel__{field}": chunk}
                     log = train(Path(folder) / f"{method}{chunk}{degree}", degree, *seed, **model, **options)
                     loss = max(abs(a / b - 1) for a, b in zip(log.loss, one.loss, strict=True))
                     norm = max(abs(a / b - 1) for a, b in zip(log.grad_norm, one.grad_norm, strict=True))
                     rows.append((label, method, chunk or "H", degree, f"{loss:.1e}", f"{norm:.1e}"))
-    return table(
-        ("model", "method", "head chunk", "C", "worst loss difference", "worst gradient norm difference"), rows
-    )
+    return table(("model", "method", "chunk", "C", "worst loss difference", "worst gradient norm difference"), rows)
 
 
 def traffic() -> str:
     """All-to-alls and attention calls of one layer."""
     shape, rows = SHAPES["gqa"], []
     for ac in (False, True):
-        for variant in [("ulysses", 0, "none", 1), ("upipe", 4, "device", 1), ("upipe", 4, "none", 1)]:
+        for variant in [
+            ("ulysses", 0, "none", 1),
+            ("upipe", 4, "device", 1),
+            ("upipe", 4, "none", 1),
+            ("fpdt", 24, "host", 1),
+            ("fpdt", 24, "none", 1),
+        ]:
             counts = run_ranks(traffic_rank, 4, shape, variant, ac)[0]
             method, chunk, stash, _ = variant
-            label = method if method == "ulysses" else f"upipe, U={chunk}, stash {stash}"
+            chunks = {"upipe": f", U={chunk}, stash {stash}", "fpdt": f", 3 chunks, stash {stash}"}
+            label = method + chunks.get(method, "")
             calls, sent, forwards, backwards = (sum(pair) for pair in zip(*counts.values(), strict=True))
             rows.append((label, "full" if ac else "none", calls, sent, forwards, backwards))
     return table(
@@ -158,7 +164,8 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 ## One layer against the unsharded float64 layer
 
 `||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses, UPipe (up to six head chunks,
-with and without stash), ring and hybrids (every split of C into ulysses x ring degree). Packed: documents of 1 to 23
+with and without stash), ring and hybrids (every split of C into ulysses x ring degree), and FPDT (three sequence
+chunks). Packed: documents of 1 to 23
 tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where a bf16 ratio is shown, 1.2 (d = 32,
 D = 128, S = 128; for "few" and "wide" the root mean square over four draws, since a norm weight's gradient has only 32
 elements).

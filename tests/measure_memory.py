@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from tests.ranks import run_ranks
 from torchtitan_upipe.cp.attention import LocalAttention
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.fpdt import FPDT
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.rope import Rope
 from torchtitan_upipe.cp.strategy import AttentionWeights
@@ -39,7 +40,7 @@ from torchtitan_upipe.kernels.simulated import SimulatedKernel
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.stash.stash import Stash
 
-THREE_MILLION = 3 * 2**20
+THREE_MILLION, SHORT = 3 * 2**20, 2**16
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Gone:
         self.leaving = None
 
     def read(self, rows: slice) -> Tensor:
+        if rows == slice(None) and self.back is not None:
+            back, self.back = self.back, None
+            return back
         count = len(range(self.shape[1])[rows])
         return self.new(self.shape[0], count, *self.shape[2:])
 
@@ -97,10 +101,12 @@ class Gone:
         return self.back
 
 
-def layer_peak(model: Model, method: str, tiles: int, stash: str, workspace: bool) -> float:
+def layer_peak(
+    model: Model, method: str, tiles: int, stash: str, workspace: bool, length: int = THREE_MILLION, chunk: int = 2**16
+) -> float:
     """Peak of one layer's forward and backward in ``u``: x, y or dy, all temporaries; no weights."""
     with FakeTensorMode():
-        tokens, width = THREE_MILLION // model.degree, model.head_dim
+        tokens, width = length // model.degree, model.head_dim
         new = partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
         x, dy = new(1, tokens, model.dim), new(1, tokens, model.dim).detach()
         weights = AttentionWeights(
@@ -112,11 +118,13 @@ def layer_peak(model: Model, method: str, tiles: int, stash: str, workspace: boo
         rope = Rope(torch.empty(width // 2, dtype=torch.float64), torch.arange(tokens)[None], interleaved=True)
         exchange = LoneRank(model.degree)
         attention = LocalAttention(SimulatedKernel("flash2", workspace), key_tiles=tiles)
-        layer: Ulysses | UPipe = Ulysses(model.heads, model.kv_heads, exchange, attention)
+        layer: Ulysses | UPipe | FPDT = Ulysses(model.heads, model.kv_heads, exchange, attention)
+        new_stash = {"device": Stash, "host": partial(Stash, Gone)}[stash]
         if method == "upipe":
             schedule = build_head_schedule(model.heads, model.kv_heads, model.degree, model.degree)
-            new_stash = {"device": Stash, "host": partial(Stash, Gone)}[stash]
             layer = UPipe(schedule, exchange, attention, new_stash, tiles)
+        if method == "fpdt":
+            layer = FPDT(model.heads, model.kv_heads, exchange, attention, new_stash, Gone, chunk)
         with LiveBytes() as meter:
             meter.ignore(dy, *(w for w in vars(weights).values() if w is not None))
             meter.adopt(x)
@@ -133,9 +141,22 @@ def layer_peaks() -> str:
             peaks = [layer_peak(model, "ulysses", 1, "device", workspace)]
             peaks += [layer_peak(model, "upipe", tiles, "host", workspace) for tiles in (1, 2, 4)]
             peaks.append(layer_peak(model, "upipe", 1, "device", workspace))
+            peaks.append(layer_peak(model, "fpdt", 1, "host", workspace))
             rows.append((model.name, "yes" if workspace else "no", *(f"{peak:.2f}u" for peak in peaks)))
-    columns = ["Ulysses", *(f"UPipe, host, T={t}" for t in (1, 2, 4)), "UPipe, device, T=1"]
+    columns = ["Ulysses", *(f"UPipe, host, T={t}" for t in (1, 2, 4)), "UPipe, device, T=1", "FPDT, host, 64K"]
     return table(("layer at 3M tokens, U = C", "workspace counted", *columns), rows)
+
+
+def short_layer_peaks() -> str:
+    """FPDT beside Ulysses where the weights' gradients, which FPDT sums in float32, are no small part."""
+    rows = []
+    for model in (*MODELS, replace(MODELS[0], name="Llama3-8B, C=2", degree=2)):
+        for workspace in (True, False):
+            peaks = [layer_peak(model, "ulysses", 1, "device", workspace, SHORT)]
+            peaks += [layer_peak(model, "fpdt", 1, "host", workspace, SHORT, chunk) for chunk in (2**13, 2**12, 2**11)]
+            rows.append((model.name, "yes" if workspace else "no", *(f"{peak:.2f}u" for peak in peaks)))
+    columns = ["Ulysses", *(f"FPDT, host, {chunk}K" for chunk in (8, 4, 2))]
+    return table(("layer at 64K tokens", "workspace counted", *columns), rows)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -283,7 +304,7 @@ from its making to its end. Counted: the input x, one more hidden tensor that st
 the layer makes, gradients of weights included. Not counted: weights, host memory. "Workspace" is what
 FlashAttention-2's backward holds beside its results: a float32 dq and, with fewer KV than query heads in a call, dk and
 dv for each query head. T is `query_tiles`.
-{layer_peaks}
+{layer_peaks}{short_layer_peaks}
 ## The whole step: predicted
 
 One rank's peak in one training step by the ledger (`python -m torchtitan_upipe.memory`): FSDP2 over all ranks, AdamW,
@@ -304,7 +325,7 @@ Forward and backward on 2 ranks (H = 8, G = 2, d = 64, D = 512, float32), arms i
 def main(path: Path) -> None:
     """Write the whole page."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    parts = (layer_peaks, whole_steps, times, checkpointing_times)
+    parts = (layer_peaks, short_layer_peaks, whole_steps, times, checkpointing_times)
     path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
 
 

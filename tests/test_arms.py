@@ -111,7 +111,7 @@ def test_every_shipped_job_takes_every_method(path: Path) -> None:
     )
     model_args, cp = SPECS[config.model.name]().model_args[config.model.flavor], config.context_parallel
     validate_job(config, model_args, arms.world_size(config), "cuda")
-    for method in ("ulysses", "ring", "torchtitan"):
+    for method in ("ulysses", "ring", "fpdt", "torchtitan"):
         overrides = Arm(method, 0, config.training.seq_len).overrides
         for name, value in zip(overrides[::2], overrides[1::2], strict=True):
             section, field = name.removeprefix("--").split(".")

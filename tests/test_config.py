@@ -133,6 +133,26 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
             {"context_parallel__query_tiles": 2, "context_parallel__method": "ring"},
             r"query_tiles = 2 has no meaning for method = \"ring\"",
         ),
+        (
+            {"context_parallel__sequence_chunk": 1024},
+            r"sequence_chunk = 1024 has no meaning for method = \"upipe\"",
+        ),
+        (
+            {"context_parallel__sequence_chunk": 3, "context_parallel__method": "fpdt"},
+            r"sequence_chunk = 3 leaves some of the 4 context-parallel ranks without a token .*; set it to 4 or more",
+        ),
+        (
+            {"context_parallel__ring_degree": 2, "context_parallel__method": "fpdt"},
+            r"ring_degree = 2 has no meaning for method = \"fpdt\"",
+        ),
+        (
+            {"context_parallel__query_tiles": 2, "context_parallel__method": "fpdt"},
+            r"query_tiles = 2 has no meaning for method = \"fpdt\"",
+        ),
+        (
+            {"context_parallel__head_chunk": 4, "context_parallel__method": "fpdt"},
+            r"head_chunk = 4 has no meaning for method = \"fpdt\"",
+        ),
         ({"context_parallel__stash_budget_gib": 2}, r"stash_budget_gib = 2 limits host memory for stash = \"host\""),
     ],
 )

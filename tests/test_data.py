@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchtitan_upipe.cp.chunks import sequence_chunks
 from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.data.text import load_local, load_stdlib
+from torchtitan_upipe.kernels.visibility import Documents, Tokens, visible_pieces
 
 
 def test_stdlib_is_long_text_in_a_fixed_order() -> None:
@@ -109,3 +111,30 @@ def test_every_token_is_on_one_rank_and_gathers_in_order(ulysses: int, ring: int
         assert (gathered.diff() > 0).all()  # side by side after the all-to-all: a causal mask is right
         work.add(int((gathered + 1).sum()))
     assert len(work) == 1  # the causal mask gives every ring rank equally many keys to see
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 12))
+def test_every_rank_holds_its_slice_of_every_sequence_chunk(degree: int, tokens: int, slice_: int) -> None:
+    length, chunk = degree * tokens, degree * slice_
+    shards = [shard_positions(length, rank, degree, 1, chunk) for rank in range(degree)]
+    assert {len(shard) for shard in shards} == {tokens}
+    chunks = sequence_chunks(tokens, degree, chunk)
+    assert [stop - start for start, stop in chunks.slices[:-1]] == [slice_] * (len(chunks.slices) - 1)
+    for index, rows in enumerate(chunks.slices):
+        exchanged = torch.cat([shard[slice(*rows)] for shard in shards])  # side by side, as after the all-to-all
+        assert exchanged.tolist() == list(range(*chunks.positions(index)))
+    assert chunks.positions(len(chunks.slices) - 1)[1] == length
+
+
+@given(st.integers(1, 4), st.lists(st.lists(st.integers(1, 30)), min_size=1, max_size=3), st.integers(1, 10))
+def test_a_chunk_sees_what_its_tokens_see(degree: int, starts: list[list[int]], slice_: int) -> None:
+    tokens = 30
+    documents = Documents(tuple((0, *sorted(set(row))) for row in starts))
+    chunks = sequence_chunks(tokens, degree, degree * slice_)
+    for index in range(len(chunks.slices)):
+        queries = Tokens((chunks.positions(index),))
+        seen = chunks.seen_by(index, documents)
+        assert list(chunks.seen_by(index, None)) == list(range(index + 1))
+        for other in range(len(chunks.slices)):
+            keys = Tokens((chunks.positions(other),))
+            assert any(visible_pieces(queries, keys, row) for row in documents.starts) == (other in seen)

@@ -25,7 +25,7 @@ from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.stash import Stash
 
-Variant = tuple[str, int, str, int]  # method, head chunk, stash (and query tiles, as in "host/3"), ring degree
+Variant = tuple[str, int, str, int]  # method, head or sequence chunk, stash (and query tiles: "host/3"), ring degree
 
 SHAPES = {
     "mha": Shape(8, 8, batch=2),
@@ -46,6 +46,7 @@ SHAPES = {
 PACKED = ((0, 5, 6, 29, 41), (0,))
 
 
+SEQUENCE_CHUNKS = (64, 28, 8)  # of 64 tokens: one chunk, three with a shorter last, eight
 STASHES = ("device", "none", "host/3", "none/5", "host")  # and how many query tiles
 
 
@@ -54,7 +55,7 @@ def packed(shape: Shape) -> Shape:
 
 
 def variants(shape: Shape, degree: int) -> list[Variant]:
-    """Every method, split of ``degree`` into ulysses x ring (all ring: pure ring), and up to 6 head chunks."""
+    """Every method, split of ``degree`` into ulysses x ring (all ring: pure ring), and several chunks."""
     which: list[Variant] = []
     for ring in [r for r in (1, 2, 4) if degree % r == 0]:
         chunks = sorted({round_head_chunk(shape.heads, degree // ring, u) for u in range(1, shape.heads + 1)})
@@ -63,11 +64,14 @@ def variants(shape: Shape, degree: int) -> list[Variant]:
         which.append(("ulysses", 0, "none", ring))
         kinds = islice(cycle(STASHES), shape.heads + ring, None)  # each shape pairs them with the chunks in its own way
         which += [("upipe", u, stash, ring) for u, stash in zip(chunks, kinds, strict=False)]
+    which += [
+        ("fpdt", chunk, stash, 1) for chunk, stash in zip(SEQUENCE_CHUNKS, ("device", "none", "host"), strict=True)
+    ]
     return which
 
 
 def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: AttentionKernel | None = None) -> Any:
-    method, head_chunk, stash_and_tiles, ring_degree = variant
+    method, chunk, stash_and_tiles, ring_degree = variant
     stash, _, tiles = stash_and_tiles.partition("/")
     new_stash = {"none": None, "device": Stash, "host": partial(Stash, HostPool().put)}[stash]
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -83,9 +87,11 @@ def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: Attention
         method,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
-        head_chunk=head_chunk,
+        head_chunk=0 if method == "fpdt" else chunk,
         new_stash=new_stash,
         query_tiles=int(tiles or 1),
+        put_away=HostPool().put,
+        sequence_chunk=chunk if method == "fpdt" else 0,
         ulysses_group=ulysses_group,
         ring_group=ring_group,
         kernel=kernel or build_kernel("sdpa", device),
@@ -93,8 +99,13 @@ def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: Attention
 
 
 def my_tokens(shape: Shape, variant: Variant) -> Tensor:
-    world, ring = dist.get_world_size(), variant[3]
-    return shard_positions(shape.length, dist.get_rank(), world // ring, ring)
+    return shard_positions(shape.length, dist.get_rank(), *layout(variant, dist.get_world_size()))
+
+
+def layout(variant: Variant, degree: int) -> tuple[int, int, int]:
+    """Ulysses and ring degree, and the sequence chunk, of how ``variant`` shards a sequence."""
+    method, chunk, _, ring = variant
+    return degree // ring, ring, chunk if method == "fpdt" else 0
 
 
 def layer_rank(shape: Shape, dtype: torch.dtype, which: list[Variant], seed: int = 0) -> list[dict[str, Tensor]]:
@@ -115,11 +126,10 @@ def strict_rank(shape: Shape, which: list[Variant], *kernel_and_largest: Any) ->
     return results, operators.calls
 
 
-def gather(ranks: list[dict[str, Tensor]], ring_degree: int = 1) -> dict[str, Tensor]:
+def gather(ranks: list[dict[str, Tensor]], variant: Variant) -> dict[str, Tensor]:
     """Outputs and ``dx`` in the order of the sequence; weight gradients summed, as FSDP would."""
     length, degree = sum(r["y"].shape[1] for r in ranks), len(ranks)
-    layout = degree // ring_degree, ring_degree
-    order = torch.cat([shard_positions(length, rank, *layout) for rank in range(degree)]).argsort()
+    order = torch.cat([shard_positions(length, rank, *layout(variant, degree)) for rank in range(degree)]).argsort()
     return {
         name: torch.cat([r[name] for r in ranks], dim=1)[:, order]
         if name in ("y", "x")
@@ -137,7 +147,7 @@ def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mas
     which = variants(shape, degree)
     ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
     for i, variant in enumerate(which):
-        got = gather([r[i] for r in ranks], ring_degree=variant[3])
+        got = gather([r[i] for r in ranks], variant)
         assert got.keys() == truth.keys()
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
@@ -165,7 +175,7 @@ def check_strict(shape: Shape, which: list[Variant], *kernel_and_largest: Any) -
     truth = run_layer(Case(shape).rounded(torch.float32), torch.float64)
     ranks = run_ranks(strict_rank, 4, shape, which, *kernel_and_largest)
     for i, variant in enumerate(which):
-        got = gather([r[0][i] for r in ranks], ring_degree=variant[3])
+        got = gather([r[0][i] for r in ranks], variant)
         errors = {key: relative_error(got[key], truth[key]) for key in truth}
         assert max(errors.values()) < 1e-5, (variant, errors)
     return ranks[0][1]
@@ -200,17 +210,18 @@ def bfloat16_square_errors(shape: Shape, degree: int, which: list[Variant], seed
     case = Case(shape, seed).rounded(torch.bfloat16)
     truth, plain = run_layer(case, torch.float64), run_layer(case, torch.bfloat16)
     ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, which, seed)
-    got = [gather([r[i] for r in ranks], ring_degree=variant[3]) for i, variant in enumerate(which)]
+    got = [gather([r[i] for r in ranks], variant) for i, variant in enumerate(which)]
     return [{key: relative_error(result[key], truth[key]) ** 2 for key in truth} for result in (*got, plain)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gqa", "kv2", "ragged"])
-def test_one_stage_is_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
+def test_one_stage_and_one_chunk_are_bit_equal_to_ulysses(name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
-    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none", 1), ("upipe", shape.heads, "device", 1)])
-    for ulysses, upipe in ranks:
-        assert torch.equal(ulysses["y"], upipe["y"])
+    which: list[Variant] = [("upipe", shape.heads, "device", 1), ("fpdt", shape.length, "device", 1)]
+    ranks = run_ranks(layer_rank, 4, shape, dtype, [("ulysses", 0, "none", 1), *which])
+    for ulysses, *others in ranks:
+        assert all(torch.equal(ulysses["y"], other["y"]) for other in others)
 
 
 @pytest.mark.cuda
@@ -251,6 +262,8 @@ PROBES: dict[str, Variant] = {
     "hybrid-ulysses": ("ulysses", 0, "none", 2),
     "hybrid-upipe": ("upipe", 4, "device", 2),
     "hybrid-upipe-teams": ("upipe", 1, "device", 2),
+    "fpdt": ("fpdt", 12, "device", 1),
+    "fpdt-host": ("fpdt", 20, "host", 1),
 }
 
 
@@ -278,8 +291,9 @@ def test_errors_do_not_grow_with_the_ring() -> None:
     truth = run_layer(case, torch.float64)
     errors = {}
     for degree in (1, 4):
-        ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, [("ring", 0, "none", degree)])
-        got = gather([r[0] for r in ranks], ring_degree=degree)
+        ring: Variant = ("ring", 0, "none", degree)
+        ranks = run_ranks(layer_rank, degree, shape, torch.bfloat16, [ring])
+        got = gather([r[0] for r in ranks], ring)
         errors[degree] = {key: relative_error(got[key], truth[key]) for key in truth}
     for key in truth:
         assert errors[4][key] < 1.5 * errors[1][key], (key, errors)
@@ -319,5 +333,5 @@ def mutated_rank(shape: Shape, head_chunk: int, mutate: Any) -> dict[str, Tensor
 def test_a_mutated_schedule_is_wrong(mutate: Any, head_chunk: int) -> None:
     shape = SHAPES["gqa"]
     truth = run_layer(Case(shape), torch.float64)
-    got = gather(run_ranks(mutated_rank, 2, shape, head_chunk, mutate))
+    got = gather(run_ranks(mutated_rank, 2, shape, head_chunk, mutate), ("upipe", head_chunk, "device", 1))
     assert relative_error(got["y"], truth["y"]) > 1e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from tests.ranks import run_ranks
 from tests.reference import Case, Shape
 from tests.test_layer import SHAPES, Variant, build
 from torchtitan_upipe.cp.collectives import Traffic
+from torchtitan_upipe.cp.stashing import StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights
-from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.titan.parallelize import StashForBothRuns
 
@@ -33,6 +34,9 @@ class CountingKernel:
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         self.backwards += 1
         return self.kernel.backward(*args, **kwargs)
+
+    def backward_rows(self, q: Tensor) -> int | None:
+        return self.kernel.backward_rows(q)
 
 
 def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str, tuple[int, int, int, int]]:
@@ -57,10 +61,10 @@ def traffic_rank(shape: Shape, variant: Variant, checkpointed: bool) -> dict[str
 
     with counted("forward"):
         if checkpointed:
-            options = {"context_fn": StashForBothRuns(method)} if isinstance(method, UPipe) else {}
+            options = {"context_fn": StashForBothRuns(method)} if isinstance(method, StashingMethod) else {}
             y = checkpoint(method, x, weights, transform, shape.head_dim, use_reentrant=False, **options)
         else:
-            y = method(x, weights, transform, shape.head_dim)
+            y = method(x, weights, transform, shape.head_dim, shape.documents)
     with counted("backward"):
         y.backward(case.dy[:, mine].float())
     return counts
@@ -100,3 +104,26 @@ def test_all_to_alls_and_attention_calls_of_one_layer(name: str, checkpointed: b
     if checkpointed:
         assert stashed["forward"][1] + stashed["backward"][1] == ulysses["forward"][1] + ulysses["backward"][1]
         assert stashed["forward"][2] + stashed["backward"][2] == stages
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["ac-none", "ac-full"])
+@pytest.mark.parametrize("name", TRAFFIC_SHAPES)
+def test_a_chunk_is_exchanged_once_and_each_pair_of_chunks_met_once(name: str, checkpointed: bool) -> None:
+    """FPDT: the bytes of UPipe; of 3 chunks a query chunk meets the 6 pairs that are not in its future."""
+    shape, degree = TRAFFIC_SHAPES[name], 4
+    variants: list[Variant] = [("upipe", shape.heads, "host", 1), ("fpdt", 24, "host", 1), ("fpdt", 24, "none", 1)]
+    upipe, stashed, bare = (run_ranks(traffic_rank, degree, shape, v, checkpointed)[0] for v in variants)
+    for phase in ("forward", "backward"):
+        assert stashed[phase][:2] == (3 * upipe[phase][0], upipe[phase][1])
+    assert stashed["forward"][2:] == (6, 0)
+    assert stashed["backward"][2:] == (0, 6)
+    # without a stash attention is computed again once, under checkpointing in the second run
+    assert bare["backward"][2:] == (6, 6)
+
+
+def test_pairs_of_chunks_without_a_common_document_are_skipped() -> None:
+    """Documents from 0, 5, 6, 29 and 41: of chunks [0, 24), [24, 48), [48, 64) only neighbours share one."""
+    shape = replace(SHAPES["gqa"], starts=((0, 5, 6, 29, 41),))
+    counts = run_ranks(traffic_rank, 1, shape, ("fpdt", 24, "device", 1), False)[0]
+    squares = 5 + 2  # of documents, two of which are cut by a chunk's edge
+    assert counts["forward"][2] == counts["backward"][3] == squares + 2

@@ -17,7 +17,7 @@ from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
 
 FLAVORS = {"llama3_upipe": "debug_kv2", "qwen3_upipe": "debug"}
-LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2)]  # method, ring degree
+LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2), ("fpdt", 1)]  # method, ring degree
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Case:
             "context_parallel.method": self.method,
             "context_parallel.ring_degree": self.ring_degree,
             "context_parallel.head_chunk": 4 if self.method == "upipe" else 0,
+            "context_parallel.sequence_chunk": 1024 * self.degree if self.method == "fpdt" else 65536,
             "activation_checkpoint.mode": self.checkpoint,
         }
         return tuple(word for name, value in options.items() for word in (f"--{name}", str(value))) + self.extra
@@ -64,9 +65,15 @@ def cases() -> Iterator[Case]:
         yield Case(model, "ulysses", 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
         yield Case(model, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
         yield Case(model, "upipe", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
+        yield Case(model, "fpdt", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
+        yield Case(model, "fpdt", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
     deterministic = ("--debug.deterministic", "--training.seq_len", "131072")  # more than a call's least rows
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *deterministic))
+    for chunk in (2048, 5000, 65536):  # many chunks, a shorter last one, a single one
+        yield Case(
+            "llama3_upipe", "fpdt", 1, 2, "full", (*tiles, *host, "--context_parallel.sequence_chunk", str(chunk))
+        )
 
 
 CASES = list(cases())

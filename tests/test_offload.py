@@ -122,6 +122,22 @@ def test_a_copy_is_handed_out_once() -> None:
         copy.get()
 
 
+def test_what_was_fetched_is_read_without_a_copy_and_the_host_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(2, 5, 3)
+    copy = HostPool().put(tensor)
+    copy.fetch()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", None)  # nothing is made now
+        first = copy.read(slice(None))
+    second = copy.read(slice(None))
+    assert torch.equal(first, tensor)
+    assert torch.equal(second, tensor)
+    assert first.data_ptr() != second.data_ptr()
+    copy.fetch()
+    assert torch.equal(copy.read(slice(1, 3)), tensor[:, 1:3])
+    assert torch.equal(copy.get(), tensor)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_copies_run_beside_the_computation() -> None:

@@ -170,6 +170,27 @@ def test_rows_of_a_sequence(
         assert sorted(call for batch in batches for call in batch) == sorted(calls)
 
 
+@pytest.mark.parametrize("starts", [(0,), DOCUMENTS], ids=["causal", "packed"])
+@pytest.mark.parametrize("name", ["sdpa", "packed"])
+def test_keys_chunk_by_chunk(name: str, starts: tuple[int, ...]) -> None:
+    """A query that sees none of a chunk's keys has no output there, and merging it changes nothing."""
+    kernel, unseen = kernel_named(name), 0
+    queries = WHOLE.rows(((24, 48),))
+    truth = dense(queries, starts, 6, 2, torch.float64)
+    q, k, v = truth.inputs
+    out, lse = attend(kernel, q, k[:, 24:48], v[:, 24:48], visible_pieces(queries, queries, starts), scale=SCALE)
+    for start in (0, 12):
+        keys = WHOLE.rows(((start, start + 12),))
+        seen = [k[:, start : start + 12], v[:, start : start + 12]]
+        part, part_lse = attend(kernel, q, *seen, visible_pieces(queries, keys, starts), scale=SCALE)
+        blind = part_lse.isneginf()
+        assert not part.transpose(1, 2)[blind].any()
+        unseen += int(blind.sum())
+        merge_partial(out, lse, part, part_lse)
+    check([out, lse], [truth.out, truth.lse])
+    assert (unseen > 0) == (starts == DOCUMENTS)
+
+
 def disjoint(intervals: Sequence[Interval]) -> bool:
     return all(a[1] <= b[0] for a, b in pairwise(sorted(intervals)))
 

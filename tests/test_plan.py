@@ -26,7 +26,7 @@ def shape(folder: Path, method: str = "upipe", **options: object) -> JobShape:
     return job_shape(read_job(args, 4), 4)
 
 
-@pytest.mark.parametrize("method", ["upipe", "ulysses", "ring"])
+@pytest.mark.parametrize("method", ["upipe", "ulysses", "ring", "fpdt"])
 def test_the_longest_context_fits_and_two_percent_more_does_not(tmp_path: Path, method: str) -> None:
     job, budget = shape(tmp_path, method), Budget(device=2**28, host=2**28)
     plan = longest(job, budget)
@@ -37,14 +37,14 @@ def test_the_longest_context_fits_and_two_percent_more_does_not(tmp_path: Path, 
     assert fastest(more, budget) is None
 
 
-def test_upipe_goes_further_than_ulysses(tmp_path: Path) -> None:
+def test_upipe_and_fpdt_go_further_than_ulysses(tmp_path: Path) -> None:
     budget = Budget(device=2**28, host=2**40)
     lengths = {}
-    for method in ("upipe", "ulysses"):
+    for method in ("upipe", "fpdt", "ulysses"):
         plan = longest(shape(tmp_path, method), budget)
         assert plan is not None
         lengths[method] = plan.job.length
-    assert lengths["upipe"] > lengths["ulysses"]
+    assert min(lengths["upipe"], lengths["fpdt"]) > lengths["ulysses"]
 
 
 def test_less_memory_asks_for_later_candidates(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ what one rank sends to another must be what the other expects, in every exchange
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,12 +16,14 @@ from tests.reference import Case, Shape, run_method
 from tests.strategies import patient, schedules
 from torchtitan_upipe.cp.attention import LocalAttention
 from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.fpdt import FPDT
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.stash.stash import KeptOnDevice, Stash
 
 WIDTH = 2
+CHUNK = 3  # tokens of a rank in a sequence chunk
 
 
 class RecordedExchange(HeadExchange):
@@ -55,18 +59,28 @@ def record(method: str, schedule: HeadSchedule, case: Case) -> list[list[tuple[l
     found = []
     for rank, mine in enumerate(torch.arange(case.shape.length).chunk(schedule.degree)):
         exchange, attention = RecordedExchange(rank, schedule.degree), LocalAttention(NoAttention())
+        stash, heads = Stash if "stash" in method else None, (schedule.num_heads, schedule.num_kv_heads)
         if method == "ulysses":
-            layer: Ulysses | UPipe = Ulysses(schedule.num_heads, schedule.num_kv_heads, exchange, attention)
+            layer: Ulysses | UPipe | FPDT = Ulysses(*heads, exchange, attention)
+        elif "fpdt" in method:
+            layer = FPDT(*heads, exchange, attention, stash, KeptOnDevice, CHUNK * schedule.degree)
         else:
-            layer = UPipe(schedule, exchange, attention, new_stash=Stash if method == "upipe, stash" else None)
+            layer = UPipe(schedule, exchange, attention, stash)
         run_method(case, layer, mine, torch.float64)
         found.append(exchange.calls)
     return found
 
 
-def elements_moved(schedule: HeadSchedule, shape: Shape) -> tuple[int, int]:
-    """Elements that change ranks when all queries go where they are computed, and when all keys do."""
-    tokens = shape.length // schedule.degree
+def elements_moved(schedule: HeadSchedule, shape: Shape, tokens: int) -> tuple[int, int]:
+    """Elements that change ranks when all queries go where they are computed, and when all keys do.
+
+    ``tokens`` of each rank are exchanged at a time.
+    """
+    if tokens < shape.length // schedule.degree:
+        rest = replace(shape, length=shape.length - tokens * schedule.degree)
+        first = elements_moved(schedule, replace(shape, length=tokens * schedule.degree), tokens)
+        queries, keys = elements_moved(schedule, rest, min(tokens, rest.length // schedule.degree))
+        return queries + first[0], keys + first[1]
     queries = keys = 0
     for rank in range(schedule.degree):
         for stage in schedule.stages:
@@ -83,6 +97,8 @@ def elements_moved(schedule: HeadSchedule, shape: Shape) -> tuple[int, int]:
 MOVES = {
     "upipe": (6, 6),  # q, o | q, o, do, dq;  k, v | k, v, dk, dv
     "upipe, stash": (6, 6),  # o goes to the heads' ranks again instead of being computed there and sent back
+    "fpdt": (6, 6),  # likewise, chunk by chunk
+    "fpdt, stash": (6, 6),
     "ulysses": (4, 4),  # q, o | do, dq;  k, v | dk, dv
 }
 
@@ -96,15 +112,16 @@ def check(method: str, schedule: HeadSchedule, shape: Shape) -> None:
             for receiver, (_, expected) in enumerate(exchange):
                 assert sent[receiver] == expected[sender]
                 moved += sent[receiver] if sender != receiver else 0
-    if method == "ulysses":
+    tokens = shape.length // schedule.degree
+    if "upipe" not in method:
         schedule = build_head_schedule(shape.heads, shape.kv_heads, schedule.degree, shape.heads)
-    queries, keys = elements_moved(schedule, shape)
+    queries, keys = elements_moved(schedule, shape, min(tokens, CHUNK) if "fpdt" in method else tokens)
     assert moved == MOVES[method][0] * queries + MOVES[method][1] * keys
 
 
 @pytest.mark.parametrize("method", MOVES)
 @settings(patient, max_examples=12)
-@given(schedules(max_heads=12, max_degree=6), st.integers(1, 4), st.integers(1, 2))
+@given(schedules(max_heads=12, max_degree=6), st.integers(1, 7), st.integers(1, 2))
 @example(build_head_schedule(14, 2, 4, 14), 4, 1)  # the last stage brings KV heads to some of the ranks only
 @example(build_head_schedule(3, 1, 8, 3), 1, 2)
 def test_each_rank_sends_what_the_other_expects(method: str, schedule: HeadSchedule, tokens: int, batch: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,15 @@ def upipe(chunk: int, stash: str = "device") -> dict[str, object]:
     return {
         "context_parallel__method": "upipe",
         "context_parallel__head_chunk": chunk,
+        "context_parallel__stash": stash,
+    }
+
+
+def fpdt(chunk: int, stash: str = "device") -> dict[str, object]:
+    return {
+        "context_parallel__method": "fpdt",
+        "context_parallel__head_chunk": 0,
+        "context_parallel__sequence_chunk": chunk,
         "context_parallel__stash": stash,
     }
 
@@ -60,10 +71,13 @@ METHODS = {
     "ring": RING,
     "hybrid_ulysses": ULYSSES | HYBRID,
     "hybrid_upipe": upipe(4) | HYBRID,
+    "fpdt": fpdt(98),  # of 256 tokens: three chunks of 96, 96 and 64 on 4 ranks
 }
 
 
-@pytest.mark.parametrize("method, degree", [*((m, 4) for m in METHODS), ("ulysses", 2), ("upipe", 2), ("ring", 2)])
+@pytest.mark.parametrize(
+    "method, degree", [*((m, 4) for m in METHODS), ("ulysses", 2), ("upipe", 2), ("ring", 2), ("fpdt", 2)]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_logged_numbers_equal_one_rank(
     model: str, method: str, degree: int, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
@@ -78,7 +92,7 @@ def test_heads_that_the_ranks_do_not_divide(degree: int, tmp_path: Path) -> None
     options = {"model__name": "llama3_upipe", "model__flavor": "debug_heads14", "training__steps": 6}
     seed = seed_checkpoint(tmp_path / "seed", **options)
     one = train(tmp_path / "one", 1, *from_seed(seed), **options, **ULYSSES)
-    for method in ("ulysses", "upipe"):
+    for method in ("ulysses", "upipe", "fpdt"):
         log = train(tmp_path / method, degree, *from_seed(seed), **options, **METHODS[method])
         assert_same(log, one)
 
@@ -93,13 +107,21 @@ def test_hybrid_beside_data_parallelism(
 
 
 @pytest.mark.parametrize(
-    "mode, stash",
-    [("full", "device"), ("full", "none"), ("selective", "device")],
+    "mode, method",
+    [
+        ("full", upipe(4)),
+        ("full", upipe(4, "none")),
+        ("selective", upipe(4)),
+        ("full", fpdt(64, "host")),
+        ("full", fpdt(64, "none")),
+        ("selective", fpdt(64)),
+    ],
+    ids=str,
 )
 def test_activation_checkpointing(
-    mode: str, stash: str, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
+    mode: str, method: dict[str, object], seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
 ) -> None:
-    options = {**upipe(4, stash), "activation_checkpoint__mode": mode}
+    options = {**method, "activation_checkpoint__mode": mode}
     assert_same(train(tmp_path, 2, *from_seed(seeds["llama3"]), **LLAMA, **options), one_rank["llama3"])
 
 
@@ -225,9 +247,10 @@ def test_bfloat16_with_and_without_fsdp(seeds: dict[str, Path], one_rank: dict[s
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_resumed_run_repeats_the_unbroken_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [upipe(2), fpdt(96, "host")], ids=["upipe", "fpdt"])
+def test_resumed_run_repeats_the_unbroken_one(method: dict[str, object], tmp_path: Path) -> None:
     """To the last digit: model, optimizer, schedule and position in the data all come back."""
-    options = {**QWEN, **upipe(2), "activation_checkpoint__mode": "full", "checkpoint__interval": 4}
+    options = {**QWEN, **method, "activation_checkpoint__mode": "full", "checkpoint__interval": 4}
     whole = train(tmp_path / "whole", 2, "--checkpoint.enable", **options)
     train(tmp_path / "broken", 2, "--checkpoint.enable", **options, training__steps=6, lr_scheduler__total_steps=10)
     (tmp_path / "broken" / "checkpoint" / "step-6").rename(tmp_path / "the model alone, saved at the end")
@@ -247,6 +270,7 @@ def test_resumed_run_repeats_the_unbroken_one(tmp_path: Path) -> None:
         pytest.param(1, upipe(1, "none"), id="one-rank"),
         pytest.param(4, RING, id="ring"),
         pytest.param(4, upipe(4) | HYBRID, id="hybrid"),
+        pytest.param(4, fpdt(40), id="fpdt"),
     ],
 )
 def test_checkpoint_continues_under_another_layout(
@@ -290,8 +314,8 @@ def test_validation_loss_equals_one_rank(seeds: dict[str, Path], tmp_path: Path)
         "validation__freq": 2,
     }
     logs = [
-        train(tmp_path / str(world), world, *from_seed(seeds["llama3"]), "--validation.enable", **options, **method)
-        for world, method in ((1, upipe(0)), (2, upipe(0)), (4, upipe(4) | HYBRID))
+        train(tmp_path / str(i), world, *from_seed(seeds["llama3"]), "--validation.enable", **options, **method)
+        for i, (world, method) in enumerate(((1, upipe(0)), (2, upipe(0)), (4, upipe(4) | HYBRID), (2, fpdt(100))))
     ]
     assert len(logs[0].validation) == 2
     assert 5 < logs[0].validation[0] < 10
@@ -339,18 +363,19 @@ def stock_trainer_rank(args: list[str]) -> str:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (HYBRID, "ring_degree = 2 shards for a hybrid"),
+        (upipe(4) | HYBRID, "ring_degree = 2 shards for a hybrid"),
+        (fpdt(128), 'method = "fpdt" shards each chunk of the sequence'),
         ({"training__seq_len": 254}, "seq_len = 254, no multiple of 4, is padded"),
         ({"context_parallel__tile_size": 64}, "tile_size = 64 computes the loss in tiles"),
         ({"training__document_mask": True}, "document_mask = true finds documents"),
     ],
-    ids=["hybrid", "padding", "tiles", "documents"],
+    ids=["hybrid", "fpdt", "padding", "tiles", "documents"],
 )
 def test_the_stock_trainer_refuses_what_it_does_not_do(
     options: dict[str, object], sentence: str, tmp_path: Path
 ) -> None:
     """Before it would abort in gloo, hang in NCCL, or shard a hybrid contiguously."""
-    args = job_args(tmp_path, 4, **LLAMA, **upipe(4), **options)
+    args = job_args(tmp_path, 4, **(LLAMA | upipe(4) | options))
     assert all(sentence in message for message in run_ranks(stock_trainer_rank, 4, args, init=False))
 
 
@@ -383,11 +408,14 @@ def cpu_attention_flops() -> dict[object, object]:
     }
 
 
-def test_a_stash_spares_one_attention_forward_under_full_checkpointing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [partial(upipe, 4), partial(fpdt, 64)], ids=["upipe", "fpdt"])
+def test_a_stash_spares_one_attention_forward_under_full_checkpointing(
+    method: Callable[[str], dict[str, object]], tmp_path: Path
+) -> None:
     """Attention takes 3.5 instead of 4.5 forward-equivalents: backward is 2.5."""
     ratio = {}
     for stash in ("none", "device", "host"):
-        options = {**LLAMA, **upipe(4, stash), "activation_checkpoint__mode": "full", "training__steps": 1}
+        options = {**LLAMA, **method(stash), "activation_checkpoint__mode": "full", "training__steps": 1}
         args = job_args(tmp_path / stash, 2, **options)
         ((forward, backward), _) = run_ranks(attention_forwards, 2, args, init=False)
         ratio[stash] = forward / (backward / 2.5)

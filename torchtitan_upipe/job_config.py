@@ -13,11 +13,11 @@ import torchtitan.config.job_config as titan
 class ContextParallel:
     """Section ``[context_parallel]``: how attention is spread over ``[parallelism] context_parallel_degree`` ranks."""
 
-    method: Literal["upipe", "ulysses", "ring", "torchtitan"] = "upipe"
+    method: Literal["upipe", "ulysses", "ring", "fpdt", "torchtitan"] = "upipe"
     """
     "upipe" walks through the heads in chunks, "ulysses" handles all heads at once; both exchange sequence shards for
-    head shards. "ring" keeps the shards and passes keys and values around. "torchtitan" is TorchTitan's own context
-    parallelism, for comparison; CUDA only.
+    head shards. "ring" keeps the shards and passes keys and values around. "fpdt" walks through the sequence in chunks,
+    all heads at once. "torchtitan" is TorchTitan's own context parallelism, for comparison; CUDA only.
     """
 
     head_chunk: int = 0
@@ -31,6 +31,12 @@ class ContextParallel:
     """
     More than 1: hybrid (USP). The context-parallel degree is ulysses_degree x ring_degree: all-to-alls among
     neighbouring ranks, a ring across. For "ulysses" and "upipe"; "ring" always takes all ranks.
+    """
+
+    sequence_chunk: int = 65536
+    """
+    FPDT: tokens of the whole sequence in a chunk, rounded down to a multiple of the context-parallel degree; the last
+    chunk may be shorter. Queries, keys and values of a chunk wait in host memory (pinned on CUDA) for other chunks.
     """
 
     attention_kernel: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "reference"] = "auto"
@@ -47,8 +53,8 @@ class ContextParallel:
 
     stash: Literal["none", "device", "host"] = "device"
     """
-    UPipe: what a stage keeps for the backward pass. "device" keeps attention output and log-sum-exp, "host" moves them
-    to host memory (pinned on CUDA); "none" keeps nothing and computes attention again in backward.
+    UPipe and FPDT: what a stage or chunk keeps for the backward pass. "device" keeps attention output and log-sum-exp,
+    "host" moves them to host memory (pinned on CUDA); "none" keeps nothing and computes attention again in backward.
     """
 
     stash_budget_gib: float = 0.0
@@ -69,8 +75,8 @@ class Parallelism(titan.Parallelism):
 
     context_parallel_load_balancer: str | None = None
     """
-    None: what the method needs, contiguous shards for Ulysses and UPipe, zigzag ("headtail") for ring. TorchTitan's
-    default is "headtail".
+    None: what the method needs, contiguous shards for Ulysses and UPipe, zigzag ("headtail") for ring, slices of chunks
+    for FPDT. TorchTitan's default is "headtail".
     """
 
 

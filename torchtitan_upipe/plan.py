@@ -21,7 +21,7 @@ import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.load import config_file, split_options
 from torchtitan_upipe.job.read import read_job
-from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
+from torchtitan_upipe.job.shape import STASHING, JobShape, job_shape, needed_ranks
 from torchtitan_upipe.job.write import job_text
 from torchtitan_upipe.memory.planner import Budget, Plan, explain_nothing_fits, fastest, longest, methods, settings_of
 from torchtitan_upipe.memory.prediction import GIB
@@ -119,7 +119,7 @@ def _table(
         title=f"{config.model.name} {config.model.flavor} on {world_size} ranks, {budget.device / GIB:.1f} GiB of each "
         f"device and {budget.host / GIB:.0f} GiB of host memory a rank"
     )
-    for name in ("", "method", "tokens", "head chunk", "query tiles", "stash", "offload", "tile size"):
+    for name in ("", "method", "tokens", "chunk", "query tiles", "stash", "offload", "tile size"):
         table.add_column(name)
     for name in ("device GiB", "host GiB"):
         table.add_column(name, justify="right")
@@ -139,12 +139,13 @@ def _table(
 def _cells(plan: Plan) -> list[str]:
     job, prediction = plan.job, plan.prediction
     upipe = job.method == "upipe"
+    chunk = {"upipe": f"{job.head_chunk} heads", "fpdt": f"{job.sequence_chunk} tokens"}
     return [
         _method(job),
         f"{job.length:,}",
-        str(job.head_chunk) if upipe else "",
+        chunk.get(job.method, ""),
         str(job.query_tiles) if upipe else "",
-        job.stash if upipe else "",
+        job.stash if job.method in STASHING else "",
         "yes" if job.offload else "no",
         str(job.tile_size),
         f"{prediction.device_bytes / GIB:.1f}",

@@ -54,25 +54,30 @@ class SequenceAttention(Protocol):
 
 
 class LocalAttention:
-    """:class:`SequenceAttention` where the group's ``T`` tokens are the whole sequence.
+    """:class:`SequenceAttention` where the group's ``T`` tokens are the whole sequence, or of two chunks of it.
 
     Args:
         kernel: the kernel.
         key_tiles: backward calls it for at most this share of the keys before the diagonal.
+        chunks: positions of the queries' chunk, whose rows are counted from its start, and of the keys'; by default
+            both are the whole sequence. A query that sees none of the keys has ``out`` zero and ``lse`` minus infinity.
     """
 
-    def __init__(self, kernel: AttentionKernel, key_tiles: int = 1) -> None:
+    def __init__(
+        self, kernel: AttentionKernel, key_tiles: int = 1, chunks: tuple[Interval, Interval] | None = None
+    ) -> None:
         self.kernel = kernel
         self.key_tiles = key_tiles
+        self.chunks = chunks
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rows: Sequence[Interval], documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`SequenceAttention`."""
-        tokens = Tokens(((0, k.shape[1]),))
+        queries, keys = self._tokens(rows, k.shape[1])
         parts = [
             attend(self.kernel, q[b], k[b], v[b], pieces, scale=scale)
-            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents, q)
+            for b, pieces in by_sequence(queries, keys, documents, q)
         ]
         return _join(parts)  # type: ignore[return-value]
 
@@ -91,7 +96,7 @@ class LocalAttention:
         into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`SequenceAttention`."""
-        tokens = Tokens(((0, k.shape[1]),))
+        queries, keys = self._tokens(rows, k.shape[1])
         parts = [
             attend_backward(
                 self.kernel,
@@ -106,11 +111,16 @@ class LocalAttention:
                 into=None if into is None else (into[0][b], into[1][b]),
                 max_keys=None if self.key_tiles == 1 else -(-k.shape[1] // self.key_tiles),
             )
-            for b, pieces in by_sequence(tokens.rows(rows), tokens, documents, q)
+            for b, pieces in by_sequence(queries, keys, documents, q)
         ]
         if into is None:
             return _join(parts)  # type: ignore[return-value]
         return _join([part[:1] for part in parts])[0], *into
+
+    def _tokens(self, rows: Sequence[Interval], length: int) -> tuple[Tokens, Tokens]:
+        """Positions of the query rows and of the ``length`` keys."""
+        queries, keys = self.chunks or ((0, length), (0, length))
+        return Tokens((queries,)).rows(rows), Tokens((keys,))
 
 
 def by_sequence(

@@ -8,13 +8,14 @@ import torch.distributed as dist
 
 from torchtitan_upipe.cp.attention import LocalAttention, SequenceAttention
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
+from torchtitan_upipe.cp.fpdt import FPDT
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.ring import RingAttention
 from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.kernels.contract import AttentionKernel
-from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.stash.stash import KeptOnDevice, PutAway, Stash
 
 
 def build_method(
@@ -25,6 +26,8 @@ def build_method(
     head_chunk: int,
     new_stash: Callable[[], Stash] | None,
     query_tiles: int = 1,
+    put_away: PutAway = KeptOnDevice,
+    sequence_chunk: int = 0,
     ulysses_group: dist.ProcessGroup | None,
     ring_group: dist.ProcessGroup | None,
     kernel: AttentionKernel,
@@ -35,10 +38,13 @@ def build_method(
     has both.
 
     Args:
-        method: ``"ulysses"`` or ``"ring"`` (all heads at once), or ``"upipe"``.
+        method: ``"ulysses"`` or ``"ring"`` (all heads at once), ``"upipe"``, or ``"fpdt"``.
         head_chunk: ``U``; 0 is all heads. UPipe only.
-        new_stash: makes what keeps the stages' outputs for the backward pass; None to compute them again. UPipe only.
+        new_stash: makes what keeps the outputs of stages or chunks for the backward pass; None to compute them again.
+            UPipe and FPDT only.
         query_tiles: slices of the queries in each stage. UPipe only.
+        put_away: where sequence chunks wait for one another. FPDT only.
+        sequence_chunk: tokens of a chunk of the whole sequence, a multiple of the ranks; 0 is all. FPDT only.
         ulysses_group: the group of the all-to-alls, or None for one rank.
         ring_group: the group of the ring, or None for one rank.
 
@@ -55,5 +61,8 @@ def build_method(
         case "upipe":
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
             return UPipe(schedule, exchange, attention, new_stash, query_tiles)
+        case "fpdt":
+            local = LocalAttention(kernel)
+            return FPDT(num_heads, num_kv_heads, exchange, local, new_stash, put_away, sequence_chunk)
         case _:
-            raise ValueError(f'method = {method!r} is unknown; choose "upipe", "ulysses" or "ring".')
+            raise ValueError(f'method = {method!r} is unknown; choose "upipe", "ulysses", "ring" or "fpdt".')

@@ -21,6 +21,9 @@ class HeadTransform(Protocol):
     def apply_(self, heads: Tensor, norm_weight: Tensor | None, rows: slice) -> Tensor:
         """The same for the tokens ``rows``, ``[B, n, h, d]``, not differentiable. Without a norm, in place."""
 
+    def rows(self, rows: slice) -> HeadTransform:
+        """The same for the tokens ``rows`` alone."""
+
     def vjp_(
         self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,10 @@ class NormThenRope:
                 normed[:, at] = self._norm(heads[:, at], norm_weight)
             heads = normed
         return self.rope.rotate_(heads, rows)
+
+    def rows(self, rows: slice) -> NormThenRope:
+        """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
+        return replace(self, rope=replace(self.rope, positions=self.rope.positions[:, rows]))
 
     def vjp_(
         self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice

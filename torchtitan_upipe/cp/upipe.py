@@ -7,8 +7,7 @@ through in tiles, against the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.gradients import LayerGradients, project_out
 from torchtitan_upipe.cp.head_schedule import HeadSchedule
 from torchtitan_upipe.cp.segments import query_tiles
-from torchtitan_upipe.cp.stage import ALL_ROWS, KVBlock, StageLayer
+from torchtitan_upipe.cp.stage import KVBlock, StageLayer
+from torchtitan_upipe.cp.stashing import StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.stash.stash import Stash
 
 
-class UPipe:
+class UPipe(StashingMethod):
     """The method ``"upipe"`` of one attention layer.
 
     Args:
@@ -46,13 +46,11 @@ class UPipe:
         new_stash: Callable[[], Stash] | None,
         tiles: int = 1,
     ) -> None:
+        super().__init__(new_stash)
         self.schedule = schedule
         self.exchange = exchange
         self.attention = attention
-        self.new_stash = new_stash
         self.tiles = tiles
-        self._block_stash: Stash | None = None
-        self._fill_block_stash = False
 
     def __call__(
         self,
@@ -63,10 +61,7 @@ class UPipe:
         documents: Documents | None = None,
     ) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
-        stash, fill = self._block_stash, self._fill_block_stash
-        if stash is None:
-            new_stash = self.new_stash if torch.is_grad_enabled() else None
-            fill, stash = new_stash is not None, (new_stash or Stash)()
+        stash, fill = self.stash_of_call()
         return _UPipeLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
 
     def layer(
@@ -87,22 +82,6 @@ class UPipe:
             self.exchange,
             self.attention,
         )
-
-    @contextmanager
-    def using(self, stash: Stash, *, fill: bool) -> Iterator[None]:
-        """Let the calls made meanwhile use ``stash``: in backward and, if it is complete, instead of attention.
-
-        Under activation checkpointing a block runs twice. Given the same stash both times, the second run finds there
-        what the first has put, and computes neither attention nor exchange.
-
-        Args:
-            fill: put there what is computed.
-        """
-        self._block_stash, self._fill_block_stash = stash, fill
-        try:
-            yield
-        finally:
-            self._block_stash = None
 
 
 class _UPipeLayer(torch.autograd.Function):
@@ -215,20 +194,7 @@ class _UPipeLayer(torch.autograd.Function):
             del dq
 
             # key and value projections, at the end of a KV set, one at a time
-            if any(stage.release.counts):
-                released = stage.release.distinct
-                leaving = [kv.pop(block) for block in stage.leave[upipe.exchange.rank]]
-                dks, dvs = [b.dk for b in leaving if b.dk is not None], [b.dv for b in leaving if b.dv is not None]
-                del leaving
-                dk = layer.release(stage, dks)  # [B, N, n, d]
-                projected = None if layer.weights.k_norm is None else layer.project(layer.weights.wk, stage.release)
-                dk, d_norm = layer.transform.vjp_(dk, projected, layer.weights.k_norm, ALL_ROWS)
-                total.add_projection("wk", released, dk)
-                total.add_norm("k_norm", d_norm)
-                del dk, projected
-                dv = layer.release(stage, dvs)
-                total.add_projection("wv", released, dv)
-                del dv
+            total.add_keys(layer, stage, kv)
 
         dx = total.input()
         return None, None, None, None, None, None, dx, *(total.weight(name) for name in vars(layer.weights))

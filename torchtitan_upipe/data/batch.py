@@ -38,6 +38,7 @@ def share_of_rank(
     ulysses_degree: int,
     ring_degree: int,
     document_end: int | None = None,
+    sequence_chunk: int = 0,
 ) -> Share:
     """One rank's share, after the sequences are padded to what the group needs: ``N = ceil(S / C)`` or a few more.
 
@@ -46,10 +47,11 @@ def share_of_rank(
         labels: ``[B, S]``; padding is ignored.
         rank: rank within the context-parallel group of ``C = ulysses_degree * ring_degree``.
         document_end: the token that ends a document; None for one document a sequence.
+        sequence_chunk: see :func:`~torchtitan_upipe.data.sharding.shard_positions`.
     """
     batch, length = inputs.shape
     padding = -length % length_divisor(ulysses_degree, ring_degree)
-    mine = shard_positions(length + padding, rank, ulysses_degree, ring_degree)
+    mine = shard_positions(length + padding, rank, ulysses_degree, ring_degree, sequence_chunk)
     if document_end is None:
         documents = None
         positions = torch.where(mine < length, mine, 0).expand(batch, -1)  # padding stands at 0

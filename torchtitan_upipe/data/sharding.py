@@ -10,23 +10,28 @@ from torch import Tensor
 from torchtitan_upipe.cp.ring import zigzag_tokens
 
 
-def shard_positions(length: int, rank: int, ulysses_degree: int, ring_degree: int) -> Tensor:
+def shard_positions(length: int, rank: int, ulysses_degree: int, ring_degree: int, sequence_chunk: int = 0) -> Tensor:
     """Positions of a rank's tokens, in the order in which it holds them.
 
     Ranks are ``rank = ring_index * ulysses_degree + ulysses_index``. Each ring index holds two chunks of the sequence
     (zigzag, for balanced causal work); they are split contiguously over its Ulysses ranks, so that the all-to-all,
-    which puts shards side by side, yields rising positions again. With ``ring_degree = 1`` shards are contiguous.
+    which puts shards side by side, yields rising positions again. With ``ring_degree = 1`` shards are contiguous, or
+    contiguous within each sequence chunk: rank ``r`` holds slice ``r`` of every chunk.
 
     Args:
         length: ``S``, a multiple of :func:`length_divisor`.
         rank: rank within the context-parallel group.
+        sequence_chunk: tokens of a chunk of the sequence, a multiple of the degree, the last one may be shorter;
+            0 = all.
 
     Returns:
         ``[S / C]`` int64.
     """
     ring_index, ulysses_index = divmod(rank, ulysses_degree)
     intervals = zigzag_tokens(length, ring_index, ring_degree).intervals
-    return torch.cat([torch.arange(*interval) for interval in intervals]).chunk(ulysses_degree)[ulysses_index]
+    positions = torch.cat([torch.arange(*interval) for interval in intervals])
+    chunks = positions.split(sequence_chunk or len(positions))
+    return torch.cat([chunk.chunk(ulysses_degree)[ulysses_index] for chunk in chunks])
 
 
 def length_divisor(ulysses_degree: int, ring_degree: int) -> int:
@@ -40,8 +45,15 @@ def degrees(method: str, degree: int, ring_degree: int) -> tuple[int, int]:
     return (1, degree) if method == "ring" else (degree // ring_degree, ring_degree)
 
 
+def chunk_of(method: str, degree: int, sequence_chunk: int) -> int:
+    """Tokens of a sequence chunk, rounded down so that each rank holds equally many of them; 0 = no chunks."""
+    return sequence_chunk // degree * degree if method == "fpdt" else 0
+
+
 def load_balancer(method: str, ring_degree: int) -> str | None:
     """What TorchTitan's trainer must be told of sharding: its name for it, or one that it refuses."""
     if method in ("ring", "torchtitan"):
         return "headtail"
-    return "hybrid" if ring_degree > 1 else None  # only this plugin's trainer shards for a hybrid
+    if method == "fpdt":
+        return "sequence_chunks"  # only this plugin's trainer shards in chunks, or for a hybrid
+    return "hybrid" if ring_degree > 1 else None

@@ -13,6 +13,7 @@ from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.files import check_files
 from torchtitan_upipe.job.values import check_values
+from torchtitan_upipe.job_config import ContextParallel
 from torchtitan_upipe.kernels.select import check_kernel
 
 
@@ -95,9 +96,19 @@ def _check_sequence(config: JobConfig) -> None:
             f"ring_degree = {cp.ring_degree} must divide context_parallel_degree = {degree}; "
             'with method = "ring" leave it out, since all ranks are in the ring.'
         )
-    if cp.method == "torchtitan" and cp.ring_degree != 1:
+    if cp.method in ("torchtitan", "fpdt") and cp.ring_degree != 1:
         raise ValueError(
-            f'ring_degree = {cp.ring_degree} has no meaning for method = "torchtitan"; remove it, or use "ulysses".'
+            f'ring_degree = {cp.ring_degree} has no meaning for method = "{cp.method}"; remove it, or use "ulysses".'
+        )
+    if cp.method != "fpdt" and cp.sequence_chunk != ContextParallel.sequence_chunk:
+        raise ValueError(
+            f'sequence_chunk = {cp.sequence_chunk} has no meaning for method = "{cp.method}", which takes the sequence '
+            'as a whole; remove it or set method = "fpdt".'
+        )
+    if cp.method == "fpdt" and cp.sequence_chunk < degree:
+        raise ValueError(
+            f"sequence_chunk = {cp.sequence_chunk} leaves some of the {degree} context-parallel ranks without a token "
+            f"of each chunk; set it to {degree} or more."
         )
     lengths = {"training.seq_len": config.training.seq_len}
     if config.validation.enable:
@@ -166,7 +177,7 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
         "fault tolerance": (config.fault_tolerance.enable, "set fault_tolerance.enable = false"),
         "training.document_mask with TorchTitan's own context parallelism": (
             config.training.document_mask and config.context_parallel.method == "torchtitan",
-            'set context_parallel.method = "upipe", "ulysses" or "ring"',
+            'set context_parallel.method = "upipe", "ulysses", "ring" or "fpdt"',
         ),
     }
     for feature, (asked, remedy) in refusals.items():

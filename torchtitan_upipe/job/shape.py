@@ -12,7 +12,9 @@ import torch
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
-from torchtitan_upipe.data.sharding import degrees, length_divisor
+from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor
+
+STASHING = ("upipe", "fpdt")  # the methods to which `stash` applies
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class JobShape:
         element: bytes of an element in which activations are computed.
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
+        sequence_chunk: tokens of a chunk of the sequence; 0 where there are none.
         stash_budget: host bytes for the stashes of all layers; 0 = no limit.
         kernel: ``context_parallel.attention_kernel``.
         deterministic: ``debug.deterministic``.
@@ -63,6 +66,7 @@ class JobShape:
     reduced: int
     method: str
     head_chunk: int
+    sequence_chunk: int
     query_tiles: int
     stash: str
     stash_budget: float
@@ -118,7 +122,9 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         ValueError: the method is TorchTitan's own context parallelism.
     """
     if config.context_parallel.method == "torchtitan":
-        raise ValueError('memory is not predicted for method = "torchtitan"; choose "upipe", "ulysses" or "ring".')
+        raise ValueError(
+            'memory is not predicted for method = "torchtitan"; choose "upipe", "ulysses", "ring" or "fpdt".'
+        )
     training, parallel, cp = config.training, config.parallelism, config.context_parallel
     degree = parallel.context_parallel_degree
     world_size = world_size or int(os.environ.get("WORLD_SIZE", needed_ranks(config)))
@@ -140,6 +146,7 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         reduced=_bytes(training.mixed_precision_reduce),
         method=cp.method,
         head_chunk=cp.head_chunk or model.heads,
+        sequence_chunk=chunk_of(cp.method, degree, cp.sequence_chunk),
         query_tiles=cp.query_tiles,
         stash=cp.stash,
         stash_budget=cp.stash_budget_gib * 2**30,

@@ -19,13 +19,13 @@ from torchtitan_upipe.kernels.visibility import Interval, Piece
 def attend(
     kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries that each stand in one piece.
+    """Attention of queries that each stand in one piece, or in none: ``out`` is zero then, ``lse`` minus infinity.
 
     Args:
         q: ``[B, Sq, h, d]``.
         k: ``[B, Sk, g, d]``.
         v: ``[B, Sk, g, d]``.
-        pieces: cover all query rows.
+        pieces: what the queries see.
 
     Returns:
         ``out [B, Sq, h, d]`` and ``lse [B, h, Sq]``, as :meth:`AttentionKernel.forward`.
@@ -35,9 +35,9 @@ def attend(
         if part.shape == q.shape:
             return part.to(q.dtype), part_lse
         if out is None or lse is None:
-            out, lse = _empty_result(q)
+            out, lse = _nothing_seen(q)
         out[:, rows], lse[:, :, rows] = part, part_lse
-    return _empty_result(q) if out is None or lse is None else (out, lse)  # no rows, no pieces
+    return _nothing_seen(q) if out is None or lse is None else (out, lse)
 
 
 def partial_attention(
@@ -150,9 +150,10 @@ def _elements(kernel: AttentionKernel, q: Tensor) -> int | None:
     return q.shape[0] * q.shape[2] * q.shape[3] if isinstance(kernel, VarlenKernel) else None
 
 
-def _empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
-    return torch.empty_like(q), q.new_empty(batch, heads, rows, dtype=accumulate_dtype(q.dtype))
+    lse = q.new_full((batch, heads, rows), float("-inf"), dtype=accumulate_dtype(q.dtype))
+    return torch.zeros_like(q), lse
 
 
 def _pack(t: Tensor, runs: Sequence[Run]) -> Tensor:

@@ -80,6 +80,10 @@ class Documents:
             (sequence, queries, keys), lambda: visible_pieces(queries, keys, self.starts[sequence])
         )
 
+    def first_seen(self, position: int) -> int:
+        """The first position that a query at ``position`` sees in any sequence of the batch."""
+        return min(starts[bisect_right(starts, position) - 1] for starts in self.starts)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -5,10 +5,9 @@ Every ``hold`` is a tensor there; what is freed here is what goes out of scope t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torchtitan_upipe.cp import rope
 from torchtitan_upipe.cp.gradients import ROWS
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, Stage
 from torchtitan_upipe.cp.segments import query_tiles
@@ -17,6 +16,7 @@ from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
+from torchtitan_upipe.memory.projection_bytes import attention_weights, transform_in_slices
 
 
 @dataclass
@@ -36,15 +36,20 @@ class UPipeBytes:
         account: where everything is held.
         job: sizes and switches.
         schedule: the layer's.
+        chunks: positions of the queries, of which ``job`` has as many tokens, and of the keys; by default the same.
     """
 
-    def __init__(self, account: Account, job: JobShape, schedule: HeadSchedule) -> None:
+    def __init__(
+        self, account: Account, job: JobShape, schedule: HeadSchedule, chunks: tuple[Interval, Interval] | None = None
+    ) -> None:
         self.account = account
         self.job = job
         self.schedule = schedule
         self.rank = job.rank % job.ulysses
-        self.keys = job.length // job.ring
+        self.chunks = chunks
+        self.keys = job.length // job.ring if chunks is None else chunks[1][1] - chunks[1][0]
         self.tiles = query_tiles(job.tokens, job.query_tiles)
+        self.all_heads = job.model.heads + 2 * job.model.kv_heads
 
     def forward(self, stash: str, kept: Sequence[Block] = ()) -> tuple[Block, list[Block]]:
         """The layer's forward pass.
@@ -83,7 +88,7 @@ class UPipeBytes:
 
         y = account.hold(self.job.hidden)
         rows = max(stop - start for start, stop in self.tiles)
-        self._in_slices(self.job.model.heads, rows, self.schedule.stages[0].queries if stash == "host" else None)
+        self.product_in_slices(self.job.model.heads, rows, self.schedule.stages[0].queries if stash == "host" else None)
         if stash == "none":
             account.free(*outputs)
             outputs = []
@@ -132,15 +137,10 @@ class UPipeBytes:
                     o_tokens = self.to_sequence(stage, tile, o, keep=True)
 
                 # output projection
-                account.brief(self._cut(stage.queries, copied=True))  # columns of dWo
+                self.add_output(stage)
                 if o_tokens is not o:
                     account.free(o_tokens)
-                columns, d_tokens = (
-                    account.hold(self._cut(stage.queries)),
-                    account.hold(self._tokens(stage.queries, tile)),
-                )
-                do = self.to_heads(stage, tile, d_tokens)
-                account.free(columns, *([] if do is d_tokens else [d_tokens]))
+                do = self.output_gradient(stage, tile)
 
                 # attention
                 if q is None:
@@ -162,26 +162,14 @@ class UPipeBytes:
             wait_for_dx(parts[0])
 
             # key and value projections, at the end of a KV set, one at a time
-            if any(stage.release.counts):
-                leaving = [kv.pop(block) for block in stage.leave[self.rank]]
-                for block in leaving:
-                    account.free(block.k, block.v)
-                for which in (0, 1):
-                    grad = self.release(stage, leaving, which)
-                    projected = [self.project(stage.release)] if which == 0 and job.model.qk_norm else []
-                    if which == 0:
-                        self._transform_in_slices(self._tokens(stage.release), norm=job.model.qk_norm)
-                    account.brief(self._cut(stage.release, copied=True))
-                    wait_for_dx(grad)
-                    account.free(*projected)
+            self.add_keys(stage, kv, wait_for_dx)
 
         stacked = account.hold(sum(attention_weights(job)[:3]))
         dx = account.hold(job.hidden)
         if on_host:
             account.free(*heads)
             heads.clear()
-        all_heads = job.model.heads + 2 * job.model.kv_heads
-        self._in_slices(all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
+        self.product_in_slices(self.all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
         rounded = account.hold(attention_weights(job)[3], "gradients")
         account.free(stacked, d_wo, *heads)
         return dx, [*weights, rounded]
@@ -236,9 +224,8 @@ class UPipeBytes:
         """Exchange; ``tokens`` stay, or are the result where there is one rank."""
         if self.job.ulysses == 1:
             return tokens
-        rows = sum(stop - start for start, stop in self._rows(stage, tile))
         send = self.account.hold(tokens.size)
-        result = self.account.hold(self.job.heads(stage.queries.counts[self.rank], rows))
+        result = self.account.hold(self.rows_size(stage.queries.counts[self.rank], self.query_rows(stage, tile)))
         self.account.free(send)
         return result
 
@@ -263,6 +250,43 @@ class UPipeBytes:
         result = self.account.hold(heads.size) if self.job.model.qk_norm else heads
         self._transform_in_slices(heads.size, norm=False)
         return result
+
+    def add_output(self, stage: Stage) -> None:
+        """Columns of ``dWo``."""
+        self.account.brief(self._cut(stage.queries, copied=True))
+
+    def output_gradient(self, stage: Stage, tile: Interval) -> Block:
+        """``do`` of this rank's heads."""
+        account = self.account
+        columns, d_tokens = account.hold(self._cut(stage.queries)), account.hold(self._tokens(stage.queries, tile))
+        do = self.to_heads(stage, tile, d_tokens)
+        account.free(columns, *([] if do is d_tokens else [d_tokens]))
+        return do
+
+    def add_queries(self, stage: Stage) -> None:
+        """RoPE and norm of ``dq`` undone, rows of ``dWq``; the projection is made again for a norm."""
+        norm = self.job.model.qk_norm
+        projected = [self.project(stage.queries)] if norm else []
+        self._transform_in_slices(self._tokens(stage.queries), norm)
+        self.account.brief(self._cut(stage.queries, copied=True))
+        self.account.free(*projected)
+
+    def add_keys(self, stage: Stage, kv: dict[int, KVBytes], wait_for_dx: Callable[[Block], None]) -> None:
+        """``dk``, then ``dv`` of the KV set that ends, and rows of ``dWk`` and ``dWv``."""
+        if not any(stage.release.counts):
+            return
+        account, norm = self.account, self.job.model.qk_norm
+        leaving = [kv.pop(block) for block in stage.leave[self.rank]]
+        for block in leaving:
+            account.free(block.k, block.v)
+        for which in (0, 1):
+            grad = self.release(stage, leaving, which)
+            projected = [self.project(stage.release)] if which == 0 and norm else []
+            if which == 0:
+                self._transform_in_slices(self._tokens(stage.release), norm)
+            account.brief(self._cut(stage.release, copied=True))
+            wait_for_dx(grad)
+            account.free(*projected)
 
     def release(self, stage: Stage, leaving: Sequence[KVBytes], which: int) -> Block:
         """``dk`` (0) or ``dv`` (1) of the leaving sets at their tokens' owners; the sums go."""
@@ -295,7 +319,7 @@ class UPipeBytes:
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
-    def _in_slices(self, heads: int, rows: int, from_host: HeadPlacement | None) -> None:
+    def product_in_slices(self, heads: int, rows: int, from_host: HeadPlacement | None) -> None:
         """A product over all heads of ``rows``, some at a time; the slice before goes when the next one is there."""
         rows = min(ROWS, rows)
         slices = 2 if self.job.tokens > rows else 1
@@ -303,6 +327,18 @@ class UPipeBytes:
         product = self.job.batch * rows * self.job.model.dim * self.job.element
         ahead = fetched * (slices - 1)  # of the next slice, beside the product
         self.account.brief(slices * self.job.heads(heads, rows), max(2 * fetched, ahead + product))
+
+    def query_rows(self, stage: Stage, tile: Interval) -> int:
+        """Query rows of this rank."""
+        return sum(stop - start for start, stop in self._rows(stage, tile))
+
+    def rows_size(self, heads: int, rows: int) -> int:
+        """Bytes of ``rows`` rows of ``heads`` heads, which may be none."""
+        return self.job.batch * rows * heads * self.job.model.head_dim * self.job.element
+
+    def keys_size(self, stage: Stage) -> int:
+        """Bytes of the ``k`` that arrive with ``stage`` on this rank."""
+        return self.rows_size(stage.fetch.counts[self.rank], self.keys)
 
     def _transform_in_slices(self, size: int, norm: bool) -> None:
         """Wide temporaries of RoPE for some rows of ``size`` bytes of heads; of the norm's gradient."""
@@ -334,30 +370,14 @@ class UPipeBytes:
         return [
             (
                 AttentionBytes(
-                    self.account, self.job, call.queries[1] - call.queries[0], call.keys[1] - call.keys[0], rows
+                    self.account,
+                    self.job,
+                    call.queries[1] - call.queries[0],
+                    call.keys[1] - call.keys[0],
+                    rows,
+                    self.chunks,
                 ),
                 kv[call.block],
             )
             for call in stage.calls[self.rank]
         ]
-
-
-def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool = False) -> None:
-    """RoPE of ``size`` bytes of heads, ``rope.ROWS`` tokens at a time in float32; the gradient of a norm before it."""
-    rows = min(rope.ROWS, job.tokens)
-    wide = size * job.wide / job.element * rows / job.tokens
-    copies = wide if job.element < job.wide else 0
-    again = wide / 2 if job.tokens > rows else 0  # of the slice before
-    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
-    account.brief(copies, 2 * wide, again, angles)
-    if norm:
-        account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
-
-
-def attention_weights(job: JobShape, wide_output: bool = False) -> list[int]:
-    """Bytes of ``wq, wk, wv, wo`` as they are computed with; the gradient of ``wo`` is summed in float32."""
-    width, model = job.model.head_dim * job.model.dim, job.model
-    elements = (job.element, job.element, job.element, job.wide if wide_output else job.element)
-    return [
-        width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)
-    ]

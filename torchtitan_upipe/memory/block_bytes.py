@@ -8,9 +8,10 @@ from math import prod
 from typing import Any
 
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
-from torchtitan_upipe.job.shape import JobShape
+from torchtitan_upipe.job.shape import STASHING, JobShape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.attention_bytes import UPipeBytes
+from torchtitan_upipe.memory.fpdt_bytes import FPDTBytes
 from torchtitan_upipe.memory.ulysses_bytes import UlyssesBytes
 
 
@@ -23,6 +24,18 @@ class Kept:
     normed: list[Block] = field(default_factory=list)  # inputs of attention and feed-forward
     feed_forward: list[Block] = field(default_factory=list)
     middle: list[Block] = field(default_factory=list)  # the sum after attention
+
+
+def _layer_bytes(account: Account, job: JobShape) -> UPipeBytes | FPDTBytes | UlyssesBytes:
+    """The account of the job's method."""
+    match job.method:
+        case "upipe":
+            schedule = build_head_schedule(job.model.heads, job.model.kv_heads, job.ulysses, job.head_chunk)
+            return UPipeBytes(account, job, schedule)
+        case "fpdt":
+            return FPDTBytes(account, job)
+        case _:
+            return UlyssesBytes(account, job)
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class BlockBytes:
         """``y``, and what is kept for backward, ``stash`` included."""
         kind = self.job.stash_of(index)
         key = ("forward", kind, keep, bool(stash))
-        if self.job.method == "upipe":  # what it keeps hangs on its context
+        if self.job.method in STASHING:  # what it keeps hangs on its context
             if stash:
                 (y,) = self._walk(key, lambda layer: [layer.forward(kind, stash)[0]])
                 return y, list(stash)
@@ -156,11 +169,7 @@ class BlockBytes:
         if key not in self._walks:
             account, job = Account(), self.job
             with account.during("attention", "attention stage"):
-                if job.method == "upipe":
-                    schedule = build_head_schedule(job.model.heads, job.model.kv_heads, job.ulysses, job.head_chunk)
-                    left = walk(UPipeBytes(account, job, schedule))
-                else:
-                    left = walk(UlyssesBytes(account, job))
+                left = walk(_layer_bytes(account, job))
             self._walks[key] = _Walk(account.peak, account.at_peak, left)
         found = self._walks[key]
         self.account.pass_by(found.peak, found.at_peak)

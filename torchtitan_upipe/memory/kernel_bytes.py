@@ -22,16 +22,26 @@ class AttentionBytes:
         heads: query heads of the call.
         kv_heads: KV heads of the call.
         rows: query rows among the ``T`` gathered tokens.
+        chunks: see :class:`~torchtitan_upipe.cp.attention.LocalAttention`.
     """
 
-    def __init__(self, account: Account, job: JobShape, heads: int, kv_heads: int, rows: Sequence[Interval]) -> None:
+    def __init__(
+        self,
+        account: Account,
+        job: JobShape,
+        heads: int,
+        kv_heads: int,
+        rows: Sequence[Interval],
+        chunks: tuple[Interval, Interval] | None = None,
+    ) -> None:
         self.account = account
         self.job = job
         self.heads = heads
         self.kv_heads = kv_heads
         self.rows = rows
         self.row_count = sum(stop - start for start, stop in rows)
-        self.keys = job.length // job.ring
+        self.chunks = chunks
+        self.keys = job.length // job.ring if chunks is None else chunks[1][1] - chunks[1][0]
         self.wide = job.wide
 
     def forward(self) -> tuple[Block, Block]:
@@ -60,6 +70,9 @@ class AttentionBytes:
 
     def _pieces(self, step: int) -> Sequence[Piece]:
         job = self.job
+        if self.chunks is not None:
+            queries, keys = self.chunks
+            return visible_pieces(Tokens((queries,)).rows(self.rows), Tokens((keys,)))
         ring_rank = job.rank // job.ulysses
         mine = zigzag_tokens(job.length, ring_rank, job.ring).rows(self.rows)
         arrived: Tokens = zigzag_tokens(job.length, (ring_rank - step) % job.ring, job.ring)

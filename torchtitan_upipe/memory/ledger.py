@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward, head_forward
+from torchtitan_upipe.memory.fpdt_bytes import FPDTBytes
 from torchtitan_upipe.memory.prediction import Prediction
 from torchtitan_upipe.memory.shards_bytes import ShardsBytes
 from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, tiled_head_backward, tiled_head_forward
@@ -134,6 +135,8 @@ class _Step:
         if job.method == "upipe" and job.stash == "host":  # gradients of heads, in the place of outputs of equal size
             extra = 2 * job.model.kv_heads + (job.model.heads if job.query_tiles > 1 else 0)
             account.hold(job.heads(extra), "saved", host=True)
+        if job.method == "fpdt":  # chunks that wait for one another
+            account.hold(FPDTBytes(Account(), job).waiting(job.stash_of(job.model.layers - 1)), "saved", host=True)
         for index in reversed(range(job.model.layers)):
             name = self.names[index]
             with account.during(f"{name}.feed_forward backward", "block inputs"):

@@ -9,8 +9,9 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
+from torchtitan_upipe.data.sharding import chunk_of
 from torchtitan_upipe.device import SIMULATED, memory_of_rank
-from torchtitan_upipe.job.shape import JobShape, job_shape
+from torchtitan_upipe.job.shape import STASHING, JobShape, job_shape
 from torchtitan_upipe.memory.ledger import predict_shape
 from torchtitan_upipe.memory.prediction import GIB, Prediction
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 TILE_SIZES = (32768, 16384, 8192)
 QUERY_TILES = (1, 2, 4, 8)
+SEQUENCE_CHUNKS = (65536, 32768, 16384, 8192)
 STASHES = ("device", "host", "none")  # the last computes attention a second time
 LONGEST = 2**28  # tokens; no search goes beyond
 RESERVE = {"cuda": 4 * GIB, "cpu": 0}  # the device's context, buffers of the communication library, fragmentation
@@ -47,27 +49,30 @@ class Plan:
 def candidates(job: JobShape) -> Iterator[JobShape]:
     """Settings of ``job``'s method, fastest first: time grows with recomputing, then transfers, stages and tiles."""
     full = replace(job, checkpoint=True, tile_size=TILE_SIZES[0], stash_budget=0)
-    if job.method != "upipe":
+    if job.method not in STASHING:
         for offload in (False, True):
             for tile_size in TILE_SIZES:
                 yield replace(full, offload=offload, tile_size=tile_size)
         return
+    chunked = list(_chunked(full))
     for stash in STASHES:
         for offload in (False, True):
-            for tiles in QUERY_TILES:
-                for chunk in head_chunks(job):
-                    yield replace(full, stash=stash, offload=offload, query_tiles=tiles, head_chunk=chunk)
-    smallest = min(head_chunks(job))
+            for candidate in chunked:
+                yield replace(candidate, stash=stash, offload=offload)
     for tile_size in TILE_SIZES[1:]:
         for stash in STASHES:
-            yield replace(
-                full,
-                stash=stash,
-                offload=True,
-                query_tiles=QUERY_TILES[-1],
-                head_chunk=smallest,
-                tile_size=tile_size,
-            )
+            yield replace(chunked[-1], stash=stash, offload=True, tile_size=tile_size)
+
+
+def _chunked(job: JobShape) -> Iterator[JobShape]:
+    """``job`` in chunks of heads or of the sequence, largest first."""
+    if job.method == "fpdt":
+        for chunk in SEQUENCE_CHUNKS:
+            yield replace(job, sequence_chunk=chunk_of("fpdt", job.ulysses, chunk))
+        return
+    for tiles in QUERY_TILES:
+        for chunk in head_chunks(job):
+            yield replace(job, query_tiles=tiles, head_chunk=chunk)
 
 
 def head_chunks(job: JobShape) -> list[int]:
@@ -109,12 +114,14 @@ def longest(job: JobShape, budget: Budget) -> Plan | None:
 def methods(job: JobShape) -> Iterator[JobShape]:
     """The job under each method, on the same ranks; hybrids if the job is one."""
     degree = job.ulysses * job.ring
+    chunk, job = chunk_of("fpdt", degree, SEQUENCE_CHUNKS[0]), replace(job, sequence_chunk=0)
     for method in ("upipe", "ulysses"):
         yield replace(job, method=method, ulysses=degree, ring=1)
         if job.ring > 1 and job.method != "ring":
             yield replace(job, method=method)
     if degree > 1:
         yield replace(job, method="ring", ulysses=1, ring=degree)
+    yield replace(job, method="fpdt", ulysses=degree, ring=1, sequence_chunk=chunk)
 
 
 def settings_of(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -122,12 +129,11 @@ def settings_of(plan: Plan) -> dict[str, dict[str, Any]]:
     job = plan.job
     settings: dict[str, Any] = {"tile_size": job.tile_size}
     if job.method == "upipe":
-        settings |= {
-            "head_chunk": job.head_chunk,
-            "query_tiles": job.query_tiles,
-            "stash": job.stash,
-            "stash_budget_gib": job.stash_budget / GIB,
-        }
+        settings |= {"head_chunk": job.head_chunk, "query_tiles": job.query_tiles}
+    if job.method == "fpdt":
+        settings |= {"sequence_chunk": job.sequence_chunk}
+    if job.method in STASHING:
+        settings |= {"stash": job.stash, "stash_budget_gib": job.stash_budget / GIB}
     return {"context_parallel": settings, "activation_checkpoint": {"mode": "full", "offload": job.offload}}
 
 
@@ -202,15 +208,17 @@ def advice(prediction: Prediction, job: JobShape) -> str:
         return f"set context_parallel.tile_size = {TILE_SIZES[0]}"
     if not job.checkpoint:
         return 'set activation_checkpoint.mode = "full"'
-    if largest == "saved" and job.method == "upipe" and job.stash == "device":
+    if largest == "saved" and job.method in STASHING and job.stash == "device":
         return 'set context_parallel.stash = "host"'
     if largest == "block inputs" and not job.offload:
         return "set activation_checkpoint.offload = true"
-    if largest in activations and job.method != "upipe":
+    if largest in activations and job.method == "fpdt" and job.sequence_chunk > SEQUENCE_CHUNKS[-1]:
+        return f"set context_parallel.sequence_chunk = {min(job.sequence_chunk, job.length) // 2}"
+    if largest in activations and job.method not in STASHING:
         return 'set context_parallel.method = "upipe"'
-    if largest in activations and job.head_chunk > min(head_chunks(job)):
+    if largest in activations and job.method == "upipe" and job.head_chunk > min(head_chunks(job)):
         return f"set context_parallel.head_chunk = {max(c for c in head_chunks(job) if c < job.head_chunk)}"
-    if largest in activations and job.query_tiles < QUERY_TILES[-1]:
+    if largest in activations and job.method == "upipe" and job.query_tiles < QUERY_TILES[-1]:
         return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
     if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
         return f"set context_parallel.tile_size = {job.tile_size // 2}"

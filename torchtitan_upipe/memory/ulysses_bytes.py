@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torchtitan_upipe.cp.head_schedule import Stage, build_head_schedule
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.attention_bytes import attention_weights, transform_in_slices
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
+from torchtitan_upipe.memory.projection_bytes import attention_weights, transform_in_slices
 
 
 class UlyssesBytes:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from torchtitan_upipe.stash.transfers import Transfers
 
+ALL_ROWS = slice(None)
+
 
 class HostPool:
     """Copies device tensors to host memory and back, in buffers that are used again and again.
@@ -111,11 +113,14 @@ class HostCopy:
             self._source = None
 
     def fetch(self) -> None:
-        """Start copying back to the device. No more than a hint: nothing where that was done before."""
+        """Start copying back to the device. No more than a hint: nothing where that was done before.
+
+        The next reading of the whole tensor is handed what arrives.
+        """
         if self._buffer is not None and self._arriving is None:
             self._arriving = self.begin_read()
 
-    def begin_read(self, rows: slice = slice(None)) -> Arriving:
+    def begin_read(self, rows: slice = ALL_ROWS) -> Arriving:
         """Start copying the rows ``[:, rows]`` of the tensor to the device; the host keeps all.
 
         Raises:
@@ -124,7 +129,10 @@ class HostCopy:
         if self._buffer is None:
             raise RuntimeError("a tensor kept in host memory is read after its buffer was given back.")
         self.settle()
-        return Arriving(self._transfers, self._host[:, rows] if rows != slice(None) else self._host)
+        if self._arriving is not None and rows == ALL_ROWS:
+            arriving, self._arriving = self._arriving, None
+            return arriving
+        return Arriving(self._transfers, self._host if rows == ALL_ROWS else self._host[:, rows])
 
     def read(self, rows: slice) -> Tensor:
         """The rows ``[:, rows]`` of the tensor, contiguous on its device; the host keeps all."""

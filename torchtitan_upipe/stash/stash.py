@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Place = tuple[int, int]  # (stage, query tile)
+Place = tuple[int, int]  # (stage, query tile or sequence chunk)
 PutAway = Callable[[Tensor], "Kept"]
 
 
@@ -30,7 +30,7 @@ class Kept(Protocol):
         """Ask for the rows ``[:, rows]``; the tensor stays here."""
 
     def fetch(self) -> None:
-        """A hint that :meth:`get` comes soon."""
+        """A hint that :meth:`get`, or :meth:`read` of all rows, comes soon."""
 
     def get(self) -> Tensor:
         """The tensor, which leaves."""
@@ -71,8 +71,9 @@ def read_ahead(wanted: Iterable[tuple[Kept, slice]]) -> Iterator[Tensor]:
 class Stash:
     """Attention output and log-sum-exp of each stage and query tile of one layer, in one forward pass.
 
-    ``o [B, n, h, d]`` is kept in token layout (docs/design.md, "The stash"), so that running the block a second time
-    needs neither attention nor an exchange. The stash only holds; who fills it and when is its owner's business.
+    ``o [B, n, h, d]`` is kept in token layout (docs/design.md, "The stash"), ``lse [B, h, Sq]`` as the heads' rank has
+    it, so that running the block a second time needs neither attention nor an exchange. The stash only holds, other
+    tensors as well; who fills it and when is its owner's business.
 
     Args:
         put_away: where tensors go; by default they stay on the device.
@@ -85,13 +86,13 @@ class Stash:
     def __init__(self, put_away: PutAway = KeptOnDevice) -> None:
         self.complete = False
         self.put_away = put_away
-        self._kept: dict[Place, tuple[Kept, Kept]] = {}
+        self._kept: dict[Place, tuple[Kept, ...]] = {}
         self._newest: tuple[Kept, ...] = ()
 
-    def put(self, place: Place, o: Tensor, lse: Tensor) -> None:
-        """Keep ``o`` and ``lse [B, h, Sq]``. What was put before has had the time of a stage to leave the device."""
+    def put(self, place: Place, *tensors: Tensor) -> None:
+        """Keep ``tensors``. What was put before has had the time of a stage to leave the device."""
         self.settle()
-        self._kept[place] = self._newest = (self.put_away(o), self.put_away(lse))
+        self._kept[place] = self._newest = tuple(self.put_away(tensor) for tensor in tensors)
 
     def settle(self) -> None:
         """Nothing put here takes memory on the device any more, unless the device is where it is kept."""
@@ -103,12 +104,16 @@ class Stash:
         """``o[:, rows]`` of each place, which stays here; see :func:`read_ahead`."""
         return read_ahead((self._kept[place][0], rows) for place, rows in wanted)
 
+    def read(self, place: Place) -> tuple[Tensor, ...]:
+        """What ``place`` keeps, which stays here."""
+        return tuple(kept.begin_read(slice(None)).get() for kept in self._kept[place])
+
     def fetch(self, place: Place) -> None:
-        """A hint that ``place`` is taken next."""
+        """A hint that ``place`` is read or taken next."""
         for kept in self._kept.get(place, ()):
             kept.fetch()
 
-    def take(self, place: Place) -> tuple[Tensor, Tensor] | None:
-        """``(o, lse)`` of ``place``, which leave the stash, or None."""
+    def take(self, place: Place) -> tuple[Tensor, ...] | None:
+        """What was put at ``place``, which leaves the stash, or None."""
         kept = self._kept.pop(place, None)
-        return None if kept is None else (kept[0].get(), kept[1].get())
+        return None if kept is None else tuple(one.get() for one in kept)

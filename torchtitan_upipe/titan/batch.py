@@ -10,7 +10,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 
 from torchtitan_upipe.data.batch import share_of_rank
-from torchtitan_upipe.data.sharding import degrees
+from torchtitan_upipe.data.sharding import chunk_of, degrees
 
 
 def shard_batch(
@@ -44,7 +44,14 @@ def shard_batch(
         return prepare_context_parallel_input(inputs, labels, {}, mesh, inputs.device, balancer)
     rank, degree = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
     layout = degrees(cp.method, degree, cp.ring_degree)
-    share = share_of_rank(inputs, labels, rank, *layout, document_end=eos_id if document_mask else None)
+    share = share_of_rank(
+        inputs,
+        labels,
+        rank,
+        *layout,
+        document_end=eos_id if document_mask else None,
+        sequence_chunk=chunk_of(cp.method, degree, cp.sequence_chunk),
+    )
     kwargs: dict[str, Any] = {"positions": share.positions}
     if share.documents is not None:
         kwargs["attention_masks"] = share.documents

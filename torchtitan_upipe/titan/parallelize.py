@@ -21,8 +21,11 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
+from torchtitan_upipe.cp.fpdt import FPDT
+from torchtitan_upipe.cp.stashing import StashingMethod
+from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.data.sharding import degrees, length_divisor, load_balancer
+from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.job.check import validate_job
 from torchtitan_upipe.job.shape import job_shape
@@ -97,6 +100,8 @@ class Parallelize:
                 head_chunk=cp.head_chunk,
                 new_stash=new_stash,
                 query_tiles=cp.query_tiles,
+                put_away=pool.put,
+                sequence_chunk=chunk_of(cp.method, parallel_dims.cp, cp.sequence_chunk),
                 ulysses_group=ulysses_group,
                 ring_group=ring_group,
                 kernel=kernel,
@@ -106,13 +111,18 @@ class Parallelize:
             )
         logger.info(
             f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "
-            f"attention kernel {kernel.name}"
-            + (f", {_describe(method, cp.stash, stashes)}" if isinstance(method, UPipe) else "")
+            f"attention kernel {kernel.name}{_describe(method)}"
+            + (f", {_describe_stash(cp.stash, stashes)}" if isinstance(method, StashingMethod) else "")
         )
         if isinstance(method, UPipe) and cp.head_chunk not in (0, method.schedule.head_chunk):
             logger.warning(
                 f"head_chunk = {cp.head_chunk} is rounded to {method.schedule.head_chunk}, which keeps the "
                 f"{method.exchange.size} ranks of the all-to-all equally busy"
+            )
+        if isinstance(method, FPDT) and cp.sequence_chunk != method.sequence_chunk:
+            logger.warning(
+                f"sequence_chunk = {cp.sequence_chunk} is rounded to {method.sequence_chunk}, of which each of the "
+                f"{method.exchange.size} ranks holds equally many tokens"
             )
 
 
@@ -128,6 +138,7 @@ def _check_for_stock_trainer(config: JobConfig) -> None:
         f"training.seq_len = {length}, no multiple of {divisor}, is padded": length % divisor != 0,
         f"context_parallel.tile_size = {cp.tile_size} computes the loss in tiles": cp.tile_size > 0,
         f"context_parallel.ring_degree = {cp.ring_degree} shards for a hybrid": cp.ring_degree not in (1, degree),
+        'context_parallel.method = "fpdt" shards each chunk of the sequence': cp.method == "fpdt" and degree > 1,
         "training.document_mask = true finds documents": config.training.document_mask,
     }
     for need, asked in needs.items():
@@ -153,13 +164,19 @@ def _groups(
     return parallel_dims.hybrid_groups(ulysses_degree, ring_degree)
 
 
-def _describe(upipe: UPipe, stash: str, stashes: Sequence[NewStash | None]) -> str:
-    schedule = upipe.schedule
+def _describe(method: ContextParallelMethod) -> str:
+    if isinstance(method, FPDT):
+        return f", chunks of {method.sequence_chunk} tokens"
+    if isinstance(method, UPipe):
+        schedule = method.schedule
+        chunk = f"{schedule.head_chunk} of {schedule.num_heads} ({len(schedule.stages)} stages)"
+        return f", head chunk {chunk}, query tiles {method.tiles}"
+    return ""
+
+
+def _describe_stash(stash: str, stashes: Sequence[NewStash | None]) -> str:
     kept = sum(new_stash is not None for new_stash in stashes)
-    return (
-        f"head chunk {schedule.head_chunk} of {schedule.num_heads} ({len(schedule.stages)} stages), "
-        f"query tiles {upipe.tiles}, stash {stash} for {kept} of {len(stashes)} layers"
-    )
+    return f"stash {stash} for {kept} of {len(stashes)} layers"
 
 
 def _stashes(job_config: JobConfig, world_size: int, pool: HostPool) -> list[NewStash | None]:
@@ -188,7 +205,7 @@ def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) 
             "debug": options.debug,
         }
         method = getattr(block.attention, "method", None)  # TorchTitan's own attention has none
-        if isinstance(method, UPipe):
+        if isinstance(method, StashingMethod):
             arguments["context_fn"] = StashForBothRuns(method)
         blocks[name] = OffloadedBlock(block, offload, **arguments) if offload else CheckpointWrapper(block, **arguments)
     logger.info(
@@ -253,11 +270,11 @@ class StashForBothRuns:
     It empties as the gradients of the queries fill, so that it does not raise the peak.
     """
 
-    def __init__(self, upipe: UPipe) -> None:
-        self.upipe = upipe
+    def __init__(self, method: StashingMethod) -> None:
+        self.method = method
 
     def __call__(self) -> tuple[Any, Any]:
         """Contexts of the first and of the second run."""
-        kept = self.upipe.new_stash
+        kept = self.method.new_stash
         stash = Stash() if kept is None else kept()
-        return self.upipe.using(stash, fill=kept is not None), self.upipe.using(stash, fill=True)
+        return self.method.using(stash, fill=kept is not None), self.method.using(stash, fill=True)

@@ -1,0 +1,28 @@
+"""What projections hold whatever the method: temporaries of RoPE and norm, and the weights' own sizes."""
+
+from __future__ import annotations
+
+from torchtitan_upipe.cp import rope
+from torchtitan_upipe.job.shape import JobShape
+from torchtitan_upipe.memory.account import Account
+
+
+def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool = False) -> None:
+    """RoPE of ``size`` bytes of heads, ``rope.ROWS`` tokens at a time in float32; the gradient of a norm before it."""
+    rows = min(rope.ROWS, job.tokens)
+    wide = size * job.wide / job.element * rows / job.tokens
+    copies = wide if job.element < job.wide else 0
+    again = wide / 2 if job.tokens > rows else 0  # of the slice before
+    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
+    account.brief(copies, 2 * wide, again, angles)
+    if norm:
+        account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
+
+
+def attention_weights(job: JobShape, wide_output: bool = False) -> list[int]:
+    """Bytes of ``wq, wk, wv, wo`` as they are computed with; the gradient of ``wo`` is summed in float32."""
+    width, model = job.model.head_dim * job.model.dim, job.model
+    elements = (job.element, job.element, job.element, job.wide if wide_output else job.element)
+    return [
+        width * n * e for n, e in zip((model.heads, model.kv_heads, model.kv_heads, model.heads), elements, strict=True)
+    ]
