@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
