@@ -50,6 +50,7 @@ from benchmarks.arms import (
 from benchmarks.prediction import Prediction, predict
 from benchmarks.publish import publish
 from benchmarks.results import Record, ResultsFile
+from torchtitan_upipe.device import refuse_idle_gpus
 from torchtitan_upipe.job.load import load_config
 from torchtitan_upipe.job.read import read_job
 
@@ -239,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep of the command line and write what it shows; return the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a job under way is ended too
     try:
+        refuse_idle_gpus()
         sweep = parse(sys.argv[1:] if arguments is None else arguments)
         records = run_sweep(sweep)
     except ValueError as error:

@@ -34,6 +34,7 @@ from benchmarks.local_group import join_alone
 from benchmarks.measured import MeasuredTrainer
 from benchmarks.peak import storage_bytes
 from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_rate
+from torchtitan_upipe.device import refuse_idle_gpus
 from torchtitan_upipe.job.read import read_job
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, job = parser.parse_known_args(arguments)
     init_logger()
     try:
+        refuse_idle_gpus()
         result = rehearse(job, options.rank, options.world_size, options.layers, options.warmup, options.steps)
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Lint, type-check and test. On a fresh machine this installs everything into .venv first.
 #
-#   bash scripts/test.sh                     everything
+#   bash scripts/test.sh                     everything: on CPU and, where there are GPUs, what is for them, apart
 #   bash scripts/test.sh tests/test_x.py     pytest arguments: only these tests
+#   TORCH=2.11.0 bash scripts/test.sh        the tests under another torch, in an environment of its own, .venv-2.11.0
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 
-if [ $# -eq 0 ]; then
+[ $# -eq 0 ] || exec python -m pytest "$@"
+if [ -z "${TORCH:-}" ]; then # lint and types are those of the pinned one
   ruff format --check .
   ruff check .
   mypy
 fi
-exec python -m pytest "$@"
+status=0
+python -m pytest || status=$?
+if has_gpu; then
+  python -m pytest -m cuda || status=$?
+fi
+exit $status

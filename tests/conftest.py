@@ -1,3 +1,12 @@
-"""First of all, whatever test file comes first: the device is chosen before torchtitan is imported."""
+"""First of all, whatever test file comes first: which devices there are, chosen before torchtitan is imported."""
 
-import torchtitan_upipe.train  # noqa: F401
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are for CPU, GPUs or not: forked ranks and float32 jobs. Those for CUDA run apart, with ``-m cuda``."""
+    if config.getoption("markexpr") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torchtitan_upipe.train  # noqa: F401

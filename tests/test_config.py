@@ -101,6 +101,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"parallelism__pipeline_parallel_degree": 2}, r"pipeline parallelism does not work"),
         ({"parallelism__expert_parallel_degree": 2}, r"expert parallelism does not work"),
         ({"activation_checkpoint__mode": "memory_budget"}, r"'memory_budget' does not work .* needs torch.compile"),
+        ({"comm__mode": "local_tensor"}, r'comm.mode = "local_tensor" does not work .* set comm.mode = "default"'),
         ({"model__converters": "float8"}, r"model converters does not work"),
         ({"model__name": "llama3"}, r"model.name = 'llama3' is unknown here; choose one of llama3_upipe, qwen3_upipe"),
         ({"model__flavor": "9B"}, r"model.flavor = '9B' is unknown for llama3_upipe; choose one of .*8B"),

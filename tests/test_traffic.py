@@ -53,6 +53,9 @@ class NoAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
+    def backward_rows(self, q: Tensor) -> int | None:
+        return None
+
 
 def record(method: str, schedule: HeadSchedule, case: Case) -> list[list[tuple[list[int], list[int]]]]:
     """The exchanges of every rank in one forward and backward pass."""

@@ -397,13 +397,17 @@ def cpu_attention_flops() -> dict[object, object]:
     """Torch's own formulas for its flash operators, for those of the CPU, which it does not know."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+    def every_head(q: torch.Size, *of_keys: torch.Size) -> list[torch.Size]:
+        """As if each query head had a KV head of its own: torch 2.11's formulas know no others."""
+        return [q, *(torch.Size((*q[:2], *t[2:])) for t in of_keys)]
+
     aten = torch.ops.aten
     return {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-            q, k, v
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+            *every_head(q, k, v)
         ),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda do, q, k, v, *_, **__: (
-            sdpa_backward_flop_count(do, q, k, v)
+            sdpa_backward_flop_count(do, *every_head(q, k, v))
         ),
     }
 

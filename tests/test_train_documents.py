@@ -53,7 +53,8 @@ def test_the_document_mask_changes_the_loss(
 ) -> None:
     options = LLAMA | ULYSSES | short_documents | PACKED | {"training__document_mask": False}
     log = train(tmp_path, 1, *from_seed(seed), **options)
-    assert abs(log.loss[0] - packed_one_rank.loss[0]) > 1e-3
+    differences = [abs(a - b) for a, b in zip(log.loss, packed_one_rank.loss, strict=True)]
+    assert max(differences) > 1e-2  # fresh weights hardly attend: it grows with the steps
 
 
 def documents_rank(args: list[str], tokens: Tensor) -> list[Tensor]:

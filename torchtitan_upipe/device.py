@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import platform
+import re
 import resource
 import sys
 import types
@@ -24,6 +25,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak resident set size
 STATUS = Path("/proc/self/status")
+HOST = Path("/")  # where a driver lists what it drives
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory")
 SIMULATED = "simulated"  # device type of dry runs: told apart from host memory, holds only fake tensors
 
@@ -37,6 +39,30 @@ def enable_cpu() -> None:
     if torch._utils._get_available_device_type() is not None:
         return
     _answer_torchtitan("cpu", CpuModule())
+
+
+def refuse_idle_gpus() -> None:
+    """Refuse to compute on CPU beside GPUs that this process was given and torch cannot use.
+
+    A GPU counts where the driver has made its device file, which a container without GPUs lacks, and where
+    ``CUDA_VISIBLE_DEVICES`` does not hide it: without a device at its head, as in ``""``, ``"-1"`` or Slurm's
+    ``"NoDevFiles"``, it hides all.
+
+    Raises:
+        ValueError: what torch was built for, the driver's version, and what to do.
+    """
+    visible = re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    gpus = list((HOST / "dev").glob("nvidia[0-9]*"))
+    if torch._utils._get_available_device_type() != "cpu" or not visible or not gpus:
+        return
+    version = HOST / "proc/driver/nvidia/version"
+    found = re.search(r"\d{3,}(\.\d+)+", version.read_text()) if version.exists() else None
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU alone"
+    raise ValueError(
+        f"torch {torch.__version__}, built for {built_for}, can use none of this machine's {len(gpus)} GPUs, whose "
+        f"driver is {found[0] if found else 'of unknown version'}; install a build of torch for that driver, or set "
+        'CUDA_VISIBLE_DEVICES="" to run on CPU.'
+    )
 
 
 def enable_simulated_device() -> None:

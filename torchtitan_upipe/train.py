@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torchtitan_upipe.device import leave
+from torchtitan_upipe.device import leave, refuse_idle_gpus
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.launch import fail, refuse, stand_alone
 from torchtitan_upipe.titan.console import init_console
@@ -21,6 +21,7 @@ def main(args: Sequence[str] | None = None) -> int:
     stand_alone()
     init_console()
     try:
+        refuse_idle_gpus()
         config = read_job(sys.argv[1:] if args is None else args)
     except ValueError as error:
         return refuse(error)

@@ -44,13 +44,15 @@ from torchtitan_upipe.titan.trainer import Trainer  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent
 FUSED = (torch.ops.aten._fused_adam_.default, torch.ops.aten._fused_adamw_.default)
+WIDER_PRODUCT = torch.ops.aten.addmm.dtype_out  # a sum of narrow products into a wide tensor (tiled/tiles.py)
 
 
 class Meter(LiveBytes):
     """Also answers what fake tensors cannot: a number read back is 1, a condition is false (no loop goes on for it).
 
-    A fused optimizer step works in place; its fake stand-in would copy all its arguments. Tensors made before fake
-    ones took over (those of device meshes) stay real.
+    A fused optimizer step works in place; its fake stand-in would copy all its arguments. So does a product added to a
+    wider tensor; that of torch 2.11 takes the dtype for a factor and fails. Tensors made before fake ones took over
+    (those of device meshes) stay real.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,6 +62,8 @@ class Meter(LiveBytes):
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if func in FUSED and not any(issubclass(kind, DTensor) for kind in types):
             return None
+        if func is WIDER_PRODUCT:
+            return kwargs["out"]
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         real = func is not torch.ops.aten.lift_fresh.default  # which is how a new constant becomes fake
         if real and tensors and not any(isinstance(tensor, (FakeTensor, DTensor)) for tensor in tensors):
@@ -124,11 +128,6 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def fused_log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype) -> Tensor:
-    """Log-softmax without gradient that widens as it reads, as CUDA's does; others make a wide copy first."""
-    return torch.empty_like(x, dtype=dtype)
-
-
 def stand_in_for_device() -> torch.library.Library:
     """Replace, in this process, what would behave otherwise on a real device.
 
@@ -136,7 +135,6 @@ def stand_in_for_device() -> torch.library.Library:
         Operators of the simulated device, there as long as this is held.
     """
     torch.rms_norm = lambda x, shape, weight, eps=None: FusedRMSNorm.apply(x, weight)  # type: ignore[assignment, misc]
-    torch.nn.functional.log_softmax = fused_log_softmax  # type: ignore[assignment]
     infer_shapes = ShardingPropagator._propagate_tensor_meta_non_cached
     ShardingPropagator._propagate_tensor_meta_non_cached = unwatched(infer_shapes)  # type: ignore[method-assign]
     operators = torch.library.Library("aten", "IMPL")

@@ -174,6 +174,7 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
             'it needs torch.compile; use "full", "selective" or "none"',
         ),
         "model converters": (bool(config.model.converters), "remove model.converters"),
+        'comm.mode = "local_tensor"': (config.comm.mode == "local_tensor", 'set comm.mode = "default"'),
         "fault tolerance": (config.fault_tolerance.enable, "set fault_tolerance.enable = false"),
         "training.document_mask with TorchTitan's own context parallelism": (
             config.training.document_mask and config.context_parallel.method == "torchtitan",

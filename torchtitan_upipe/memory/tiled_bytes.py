@@ -82,7 +82,7 @@ def tiled_head_forward(account: Account, job: JobShape) -> list[Block]:
     with account.during("output forward", "loss"):
         kept = [account.hold(job.hidden), account.hold(model.vocab * model.dim * wide)]
         n = account.hold(rows * model.dim * job.element)
-        account.brief(rows * model.vocab * job.element, rows * model.vocab * wide)  # logits, log-softmax
+        account.brief(*[rows * model.vocab * wide] * 2)  # widened logits, log-softmax
         account.brief(rows * model.vocab * wide, rows * model.vocab * job.element)  # and their gradient, rounded
         d_logits = account.hold(rows * model.vocab * job.element)
         account.brief(*[rows * model.dim * wide] * 6)

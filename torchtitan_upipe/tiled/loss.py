@@ -66,9 +66,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         labels_tiles = labels.flatten().split(tile_size)
         for i, (h_tile, labels_tile) in enumerate(zip(tiles(h, tile_size), labels_tiles, strict=True)):
             n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, eps).to(output_weight.dtype)
-            log_p = F.log_softmax(F.linear(n, output_weight), dim=-1, dtype=wide)  # [tile_size, V]
+            # widened first, so that the narrow logits are gone: dtype=wide widens bfloat16 no later and holds them
+            log_p = F.log_softmax(F.linear(n, output_weight).to(wide), dim=-1)  # [tile_size, V]
             loss += F.nll_loss(log_p, labels_tile, reduction="sum", ignore_index=IGNORE_INDEX)
             if not with_gradients:
+                del log_p  # else it would wait for the next tile's
                 continue
             d_logits = _gradient_of_logits(log_p, labels_tile).to(n.dtype)
             del log_p
