@@ -1,0 +1,57 @@
+"""Part 1: the tests that need a device, in a process of their own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+
+from benchmarks.gpu.items import Item, Part, Setup, skip
+from benchmarks.gpu.pytest_lines import LOST, UNDER_WAY, key_of
+from benchmarks.processes import run_logged
+from benchmarks.results import Record
+
+SUITE = "tests"
+
+
+def suite_part(setup: Setup) -> Part:
+    """One item; its tests have lines of their own."""
+    return Part("tests", 20, [Item(SUITE, lambda left: run_suite(setup, left), lambda: setup.sizes.startup)])
+
+
+def run_suite(setup: Setup, left: float) -> Record:
+    """Run what has no line yet; start again behind a test that took its process with it."""
+    deadline = time.monotonic() + left
+    while True:
+        command = [sys.executable, "-m", "pytest", *setup.sizes.tests, "-p", "benchmarks.gpu.pytest_lines"]
+        command += ["-p", "no:cacheprovider", "--lines", str(setup.folder)]
+        broken_off = run_logged(
+            [*command, *(["--toy-lines"] if setup.sizes.toy else [])],
+            setup.folder / "tests.log",
+            deadline - time.monotonic(),
+        )
+        setup.read()
+        counts = Counter(line["status"] for line in tests_of(setup))
+        if broken_off is not None:
+            return skip(f"{broken_off['reason']}; {sum(counts.values())} tests have a line")
+        under_way = setup.folder / UNDER_WAY
+        if under_way.exists():
+            setup.add(key_of(under_way.read_text()), {"part": SUITE, **_DIED})
+            under_way.unlink()
+            continue
+        log = (setup.folder / "tests.log").read_text(errors="replace").strip()
+        ended = log.rpartition("\n")[2]
+        if LOST in log[-1000:]:
+            continue
+        if not counts:
+            return {"status": "failed", "reason": f"pytest ended without a test: {ended}"}
+        names = {"ok": "passed", "failed": "failed", "skipped": "skipped"}
+        return {"status": "ok", **{names[status]: counts[status] for status in names}}
+
+
+_DIED = {"status": "failed", "reason": "its process died"}
+
+
+def tests_of(setup: Setup) -> list[Record]:
+    """The lines of single tests."""
+    return [line for key, line in setup.lines.items() if key.startswith("test ")]
