@@ -19,6 +19,7 @@ from benchmarks.arms import launch_environment
 from benchmarks.results import Record
 
 KILLED = "Signal 9 (SIGKILL)"  # torchrun's words for it
+STOPPED = "stopped after"  # begins the reason of what took too long
 PATIENCE = 30.0  # seconds that an ended command has to end its own children
 
 
@@ -45,7 +46,7 @@ def run_logged(
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"stopped after {timeout:.0f} s"}
+            return {"status": "failed", "reason": f"{STOPPED} {timeout:.0f} s"}
         finally:
             _end(process)
     if process.returncode and KILLED in log.read_text(errors="replace"):  # its neighbours only see it gone
@@ -72,7 +73,7 @@ class Worker:
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def call(self, seconds: float, function: Callable[..., Record], *arguments: Any) -> Record:
+    def call(self, seconds: float, function: Callable[..., Record], arguments: tuple[Any, ...]) -> Record:
         """``function(*arguments)``, both importable, with ``status``; or the status and reason of a failure.
 
         Args:
@@ -84,7 +85,7 @@ class Worker:
             if pipe.poll(seconds):
                 record: Record = pipe.recv()
             else:
-                record = {"status": "failed", "reason": f"stopped after {seconds:.0f} s"}
+                record = {"status": "failed", "reason": f"{STOPPED} {seconds:.0f} s"}
         except (EOFError, ConnectionError):
             self._process.join(PATIENCE)
             record = {"status": "failed", "reason": f"its process ended with code {self._process.exitcode}"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.environment import environment
 from benchmarks.measured import failure
-from benchmarks.processes import Worker
+from benchmarks.processes import STOPPED, Worker
 from benchmarks.results import Record, ResultsFile
 
 SKIPPED = "skipped"  # of a line whose item another start may still measure
@@ -102,11 +103,13 @@ class Item:
         key: names it in the lines.
         run: measures it within so many seconds; its outcome has ``status`` and, unless that is ``"ok"``, ``reason``.
         estimate: seconds that it will take, by what the lines say so far; 0 where nothing is known.
+        most: seconds that it may take beside three times that; what takes longer hangs.
     """
 
     key: str
     run: Callable[[float], Record]
     estimate: Callable[[], float] = lambda: 0.0
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def run_parts(setup: Setup, parts: Sequence[Part], seconds: float, say: Callable
         now = time.monotonic()
         deadline = now + (end - now) * part.share / sum(p.share for p in parts[index:])
         say(f"{part.name}: up to {max(deadline - now, 0) / 60:.1f} min")
-        for item in part.items:
+        for item in sorted(part.items, key=lambda item: "stopped" in setup.lines.get(item.key, {})):  # those come last
             if setup.lines.get(item.key, {}).get("status", SKIPPED) != SKIPPED:
                 continue
             began = time.monotonic()
@@ -146,11 +149,17 @@ def run_parts(setup: Setup, parts: Sequence[Part], seconds: float, say: Callable
 def _run(item: Item, left: float) -> Record:
     try:
         needed = item.estimate()
+        if left <= 0:
+            return skip("no time of this part is left")
         if needed >= left:
-            return skip(f"about {needed:.0f} s, and {max(left, 0):.0f} s of this part are left")
-        return item.run(left)
+            return skip(f"about {needed:.0f} s, and {left:.0f} s of this part are left")
+        hangs_after = item.most + 3 * needed
+        outcome = item.run(min(left, hangs_after))
     except Exception as error:  # whatever one item meets, the others are measured
         return failure(error)
+    if left < hangs_after and str(outcome.get("reason", "")).startswith(STOPPED):
+        return {**outcome, **skip(f"{outcome['reason']}, with which the time of this part ended"), "stopped": True}
+    return outcome
 
 
 def forget_failures(setup: Setup) -> None:
@@ -158,13 +167,3 @@ def forget_failures(setup: Setup) -> None:
     failed = [key for key, line in setup.lines.items() if line["status"] not in ("ok", SKIPPED)]
     for key in failed:
         del setup.lines[key]
-
-
-def fastest_kernel(setup: Setup, kernels: Iterable[str]) -> str:
-    """The attention kernel that further items use: the fastest measured that failed no test, or ``"auto"``."""
-    from benchmarks.gpu.rates import rates_of_run
-
-    rates = rates_of_run(setup.lines.values())
-    wrong = {line.get("kernel") for line in setup.lines.values() if line["status"] == "failed"}
-    good = [] if rates is None else [name for name in kernels if name in rates.rates and name not in wrong]
-    return min(good, key=lambda name: rates.rates[name].seconds) if rates and good else "auto"

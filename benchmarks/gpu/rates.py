@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from benchmarks.gpu.items import Item, Part, Setup, Sizes, skip
+from benchmarks.gpu.items import Item, Part, Setup, skip
 from benchmarks.results import Record
 from torchtitan_upipe.kernels.rates import BACKWARD, Rate, RatesOfDevice
-from torchtitan_upipe.kernels.select import CUDA_ONLY, build_kernel, check_kernel
+from torchtitan_upipe.kernels.select import build_kernel, check_kernel
 
 TERA = 1e12
 CALLS = 4  # of a function that is timed, at least
+MOST = 120.0  # seconds after which a rate hangs, unless it was expected to take long
 
 
 def rates_part(setup: Setup) -> Part:
@@ -23,7 +25,8 @@ def rates_part(setup: Setup) -> Part:
     sizes, device = setup.sizes, setup.device_type
 
     def item(key: str, function: Callable[..., Record], *arguments: object) -> Item:
-        return Item(key, lambda left: setup.worker.call(left, function, *arguments, device, sizes.timed))
+        run = partial(setup.worker.call, function=function, arguments=(*arguments, device, sizes.timed))
+        return Item(key, run, most=MOST)
 
     items = [item(f"product {m}x{k}x{n}", measure_product, (m, k, n)) for m, k, n in sizes.products]
     items += [item(f"copy {name}", measure_copy, name, sizes.copied) for name in COPIES]
@@ -32,12 +35,13 @@ def rates_part(setup: Setup) -> Part:
             attention_key(kernel, tokens, heads),
             partial(_attention, setup, kernel, tokens, heads, kv_heads),
             partial(_estimate, setup, kernel, tokens, heads),
+            MOST,
         )
         for tokens in sizes.tokens
         for heads, kv_heads in sizes.heads
         for kernel in sizes.kernels
     ]
-    return Part("rates", 20, items)
+    return Part("rates", 15, items)
 
 
 def attention_key(kernel: str, tokens: int, heads: int) -> str:
@@ -53,9 +57,7 @@ def _attention(setup: Setup, kernel: str, tokens: int, heads: int, kv_heads: int
         return skip(str(error))
     about = {"kernel": kernel, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": sizes.head_dim}
     shape = (tokens, heads, kv_heads, sizes.head_dim)
-    if kernel in CUDA_ONLY or kernel == "sdpa":  # "flash3" takes the place of "sdpa" within a process
-        setup.worker.end()
-    return about | setup.worker.call(left, measure_attention, kernel, shape, device, sizes.timed)
+    return about | setup.worker.call(left, measure_attention, (kernel, shape, device, sizes.timed))
 
 
 def _estimate(setup: Setup, kernel: str, tokens: int, heads: int) -> float:
@@ -86,7 +88,8 @@ def measure_attention(kernel_name: str, shape: tuple[int, int, int, int], device
     tokens, heads, kv_heads, width = shape
     kernel = build_kernel(kernel_name, device, width)
     q, k, v, do = (
-        torch.randn(1, tokens, n, width, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
+        torch.randn(1, tokens, n, width, device=device, dtype=torch.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
     )
     scale = width**-0.5
     forward = seconds_of(lambda: kernel.forward(q, k, v, scale=scale, causal=True), timed)
@@ -138,8 +141,8 @@ def _to_device(ours: Tensor, other: Tensor, host: Tensor, _: Tensor, streams: St
 
 def _both_ways(ours: Tensor, other: Tensor, host: Tensor, second: Tensor, streams: Streams) -> None:
     pairs = ((ours, host), (second, other))
-    for (target, source), stream in zip(pairs, streams or [None, None], strict=True):
-        with torch.cuda.stream(stream):  # nothing where there is none
+    for index, (target, source) in enumerate(pairs):
+        with torch.cuda.stream(streams[index]) if streams else nullcontext():
             target.copy_(source, non_blocking=True)
 
 
@@ -155,9 +158,14 @@ COPIES: dict[str, tuple[Callable[..., None], int]] = {  # and by what to multipl
 
 
 def rates_of_run(lines: Iterable[Record]) -> RatesOfDevice | None:
-    """The table's entry for the device of these lines, at the longest sequence of one head that most kernels did."""
-    timed = [line for line in lines if line.get("part") == "rates" and line["status"] == "ok" and "kernel" in line]
-    timed = [line for line in timed if line["heads"] == min(other["heads"] for other in timed)]
+    """The table's entry for the device of these lines, at the longest sequence of one head that most kernels did.
+
+    A kernel that has failed, in a test or while it was timed, is left out.
+    """
+    lines = list(lines)
+    wrong = {line.get("kernel") for line in lines if line["status"] == "failed"}
+    timed = [line for line in lines if line["status"] == "ok" and "forward_tflops" in line]
+    timed = [line for line in timed if line["heads"] == 1 and line["kernel"] not in wrong]
     if not timed:
         return None
     by_length: dict[int, list[Record]] = {}
@@ -168,9 +176,14 @@ def rates_of_run(lines: Iterable[Record]) -> RatesOfDevice | None:
     versions, hardware = first["versions"], first["hardware"]
     source = f"measured: python -m benchmarks.gpu, commit {first['commit']}, torch {versions['torch']}"
     rates = {
-        line["kernel"]: Rate(round(line["forward_tflops"], 1), round(line["backward_tflops"], 1))
+        line["kernel"]: Rate(*(float(f"{line[name]:.4g}") for name in ("forward_tflops", "backward_tflops")))
         for line in by_length[tokens]
     }
     major, minor = hardware["capability"] or (0, 0)
     return RatesOfDevice(hardware["device"], (major, minor), source, tokens, first["head_dim"], rates)
 
+
+def fastest_kernel(setup: Setup) -> str:
+    """The attention kernel that further items use: the fastest that the lines have, or ``"auto"``."""
+    entry = rates_of_run(setup.lines.values())
+    return "auto" if entry is None else min(entry.rates, key=lambda name: entry.rates[name].seconds)

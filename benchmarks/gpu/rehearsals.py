@@ -7,12 +7,14 @@ import sys
 from functools import partial
 
 from benchmarks.arms import Arm, parse_arm
-from benchmarks.gpu.items import Item, Part, Setup, fastest_kernel
+from benchmarks.gpu.items import Item, Part, Setup
+from benchmarks.gpu.rates import fastest_kernel
 from benchmarks.processes import run_logged
 from benchmarks.rehearse import ROOT
 from benchmarks.results import Record
 
 LAYERS = 2
+MOST = 180.0  # seconds, beside three times the estimate, after which a rehearsal hangs
 LONG = 2**21  # tokens from which a step takes minutes, and a warm-up step too long
 
 
@@ -22,7 +24,7 @@ def rehearsals_part(setup: Setup) -> Part:
         "rehearsals",
         40,
         [
-            Item(key_of(arm), partial(_rehearse, setup, file, arm), partial(_estimate, setup, arm))
+            Item(key_of(arm), partial(_rehearse, setup, file, arm), partial(_estimate, setup, arm), MOST)
             for file, tokens, text in setup.sizes.rehearsals
             for arm in [parse_arm(text, tokens, 0)]
         ],
@@ -52,7 +54,7 @@ def _estimate(setup: Setup, arm: Arm) -> float:
 
 
 def _rehearse(setup: Setup, file: str, arm: Arm, left: float) -> Record:
-    kernel = fastest_kernel(setup, setup.sizes.kernels)
+    kernel = fastest_kernel(setup)
     warmup, steps = steps_of(arm.seq_len)
     folder = setup.folder / "rehearsals"
     folder.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 
-from benchmarks.gpu.items import Item, Part, Setup, skip
+from benchmarks.gpu.items import Item, Part, Setup
 from benchmarks.gpu.pytest_lines import LOST, UNDER_WAY, key_of
 from benchmarks.processes import run_logged
 from benchmarks.results import Record
@@ -16,7 +16,7 @@ SUITE = "tests"
 
 def suite_part(setup: Setup) -> Part:
     """One item; its tests have lines of their own."""
-    return Part("tests", 20, [Item(SUITE, lambda left: run_suite(setup, left), lambda: setup.sizes.startup)])
+    return Part("tests", 15, [Item(SUITE, lambda left: run_suite(setup, left), lambda: setup.sizes.startup)])
 
 
 def run_suite(setup: Setup, left: float) -> Record:
@@ -31,9 +31,9 @@ def run_suite(setup: Setup, left: float) -> Record:
             deadline - time.monotonic(),
         )
         setup.read()
-        counts = Counter(line["status"] for line in tests_of(setup))
+        counts = Counter(line["status"] for line in lines_of_tests(setup))
         if broken_off is not None:
-            return skip(f"{broken_off['reason']}; {sum(counts.values())} tests have a line")
+            return broken_off
         under_way = setup.folder / UNDER_WAY
         if under_way.exists():
             setup.add(key_of(under_way.read_text()), {"part": SUITE, **_DIED})
@@ -52,6 +52,6 @@ def run_suite(setup: Setup, left: float) -> Record:
 _DIED = {"status": "failed", "reason": "its process died"}
 
 
-def tests_of(setup: Setup) -> list[Record]:
+def lines_of_tests(setup: Setup) -> list[Record]:
     """The lines of single tests."""
     return [line for key, line in setup.lines.items() if key.startswith("test ")]

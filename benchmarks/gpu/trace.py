@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.items import Item, Part, Setup, fastest_kernel
+from benchmarks.gpu.items import Item, Part, Setup
+from benchmarks.gpu.rates import fastest_kernel
 from benchmarks.local_group import join_alone
 from benchmarks.results import Record
 from torchtitan_upipe.cp.build import build_method
@@ -47,10 +48,9 @@ def trace_part(setup: Setup) -> Part:
     layer = Layer(sizes.traced, sizes.ranks, *sizes.traced_heads, sizes.head_dim)
 
     def run(left: float) -> Record:
-        kernel = fastest_kernel(setup, sizes.kernels)
+        kernel = fastest_kernel(setup)
         path = setup.folder / "layer.trace.json.gz"
-        setup.worker.end()
-        return setup.worker.call(left, trace_layer, layer, kernel, setup.device_type, str(path))
+        return setup.worker.call(left, trace_layer, (layer, kernel, setup.device_type, str(path)))
 
     return Part("trace", 5, [Item(KEY, run, lambda: sizes.startup)])
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.gpu.items import Item, Part, Setup, fastest_kernel, skip
-from benchmarks.gpu.rates import rates_of_run
+from benchmarks.gpu.items import Item, Part, Setup, skip
+from benchmarks.gpu.rates import fastest_kernel, rates_of_run
 from benchmarks.prediction import Prediction, predict
 from benchmarks.processes import run_logged
 from benchmarks.rehearse import ROOT, TEXT
@@ -24,7 +24,8 @@ from torchtitan_upipe.memory.planner import RESERVE
 
 STEPS = 3  # the first is not timed
 ASSUMED = {"cuda": 3e14, "cpu": 1e10}  # FLOP/s of attention where no line has them, and of matrix products
-HOST = 3e9  # bytes per second of an optimizer on the host, which reads and writes 32 bytes a parameter
+HOST = 2e10  # bytes per second of an optimizer on the host, which reads and writes 32 bytes a parameter
+DRAWN = 1e8  # initial weights that a host draws in a second
 HOST_SHARE = 0.9  # of the host's memory that a job may take
 
 KEY = "training on one GPU"
@@ -47,7 +48,7 @@ class Choice:
 
 def training_part(setup: Setup) -> Part:
     """One item."""
-    return Part("training", 15, [Item(KEY, lambda left: train(setup, left), lambda: setup.sizes.startup)])
+    return Part("training", 25, [Item(KEY, lambda left: train(setup, left), lambda: setup.sizes.startup)])
 
 
 def train(setup: Setup, left: float) -> Record:
@@ -86,7 +87,7 @@ def choose(setup: Setup, seconds: float) -> Choice | str:
         config = read_job(arguments, world_size=1)
         prediction = predict(config, workspace=setup.device_type == "cuda")
         assert prediction is not None
-        needed = STEPS * seconds_of_step(setup, job_shape(config, world_size=1), config.training.enable_cpu_offload)
+        needed = seconds_of_job(setup, job_shape(config, world_size=1), config.training.enable_cpu_offload)
         if prediction.device_bytes <= device and prediction.host_bytes <= host and needed <= seconds:
             return Choice(arguments, flavor, tokens, prediction, needed)
         reasons.append(
@@ -100,7 +101,7 @@ def choose(setup: Setup, seconds: float) -> Choice | str:
 def jobs(setup: Setup) -> Iterator[tuple[list[str], str, int]]:
     """Command lines: the largest model first, of each the longest context first."""
     sizes = setup.sizes
-    kernel = ["--context_parallel.attention_kernel", fastest_kernel(setup, sizes.kernels)]
+    kernel = ["--context_parallel.attention_kernel", fastest_kernel(setup)]
     fixed = ["--job.config_file", str(ROOT / sizes.one_gpu), *TEXT, *kernel]
     fixed += ["--parallelism.context_parallel_degree", "1", "--parallelism.data_parallel_shard_degree", "1"]
     for flavor in sizes.flavors:
@@ -116,12 +117,17 @@ def memory_of(device_type: str) -> tuple[float, float]:
     return device - RESERVE[device_type], host
 
 
-def seconds_of_step(setup: Setup, job: JobShape, optimizer_on_host: bool) -> float:
-    """Estimated: attention by measured rates where there are such, the rest by round numbers."""
+def seconds_of_job(setup: Setup, job: JobShape, on_host: bool) -> float:
+    """Estimated: attention by measured rates where there are such, the rest by round numbers.
+
+    Args:
+        on_host: parameters and optimizer are in host memory.
+    """
     model, entry, assumed = job.model, rates_of_run(setup.lines.values()), ASSUMED[setup.device_type]
     tera = 2 * job.length**2 * model.heads * model.head_dim * model.layers / 1e12
     rates = [] if entry is None else [rate.seconds for rate in entry.rates.values()]
     attention = tera * (min(rates) if rates else (1 + BACKWARD) / (assumed / 1e12))
     parameters = model.layers * sum(math.prod(shape) for shape in model.block) + 2 * model.vocab * model.dim
     products = 8 * parameters * job.length * job.batch / assumed  # forward twice, backward
-    return attention + products + (32 * parameters / HOST if optimizer_on_host else 0.0)
+    step = attention + products + (32 * parameters / HOST if on_host else 0.0)
+    return STEPS * step + (parameters / DRAWN if on_host else 0.0)
