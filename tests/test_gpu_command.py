@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu.items import Item, Part, Setup, Sizes, forget_failures, run_parts, skip
+from benchmarks.gpu.items import Item, Part, Setup, Sizes, run_parts, skip
 from benchmarks.gpu.rates import fastest_kernel, rates_of_run
 from benchmarks.gpu.rehearsals import rehearsals_part
 from benchmarks.gpu.sizes import REAL, TOY
@@ -138,8 +138,14 @@ def test_every_outcome_has_a_line_and_is_not_run_again(tmp_path: Path) -> None:
     assert again.lines["two"]["reason"] == "OutOfMemoryError: CUDA out of memory."
     assert run(again, *parts, Part("c", 1, [counted("four")])) == {**expected, "four": "ok"}
     assert calls == ["one", "four"]
-    forget_failures(again)
-    assert set(again.lines) == {"one", "three", "four"}
+    retry = Setup(tmp_path, TOY, "cpu", retry_before=len(ResultsFile(tmp_path).load()))
+    retry.read()
+    assert set(retry.lines) == {"one", "three", "four"}
+    assert (
+        run(retry, Part("a", 1, [Item("two", lambda left: {"status": "failed", "reason": "again"})]))["two"] == "failed"
+    )
+    retry.read()
+    assert retry.lines["two"]["reason"] == "again"
 
 
 def test_time_is_shared_and_what_does_not_fit_is_skipped(tmp_path: Path) -> None:
@@ -212,7 +218,8 @@ def test_the_suite_goes_on_behind_a_test_that_takes_its_process_along(tmp_path: 
     )
     made = setup(tmp_path, replace(TOY, tests=(str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path))))
     made.add("tests", {"part": "tests", **skip("earlier")})
-    assert run_suite(made, 120) == {"status": "ok", "passed": 1, "failed": 2, "skipped": 0}
+    counts = {"passed": 1, "failed": 2, "skipped": 0}
+    assert run_suite(made, 120) == {"status": "failed", "reason": "2 of 3 tests failed", "counts": counts}
     lines = {line["key"].rpartition("::")[2]: line for line in lines_of_tests(made)}
     assert {name: line["status"] for name, line in lines.items()} == {
         "test_a": "failed",

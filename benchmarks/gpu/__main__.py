@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.items import Setup, forget_failures, run_parts
+from benchmarks.gpu.items import Setup, run_parts
 from benchmarks.gpu.pages import page
 from benchmarks.gpu.rates import rates_of_run, rates_part
 from benchmarks.gpu.rehearsals import rehearsals_part
@@ -72,11 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     writes = options.report or options.write_rates
     toy = options.toy or (device_type == "cpu" and not writes)
-    setup = Setup(options.out.resolve(), TOY if toy else REAL, device_type)
+    folder = options.out.resolve()
     try:
         unknown = [name for name in options.parts.split(",") if name not in PARTS]
         if unknown:
             raise ValueError(f"--parts {options.parts}: {unknown[0]!r} is none of {', '.join(PARTS)}.")
+        retry_before = len(ResultsFile(folder).load()) if options.retry else 0
+        setup = Setup(folder, TOY if toy else REAL, device_type, retry_before)
         setup.read()
         if options.report:
             options.report.write_text(page(setup, str(options.report)))
@@ -97,8 +99,6 @@ def _measure(setup: Setup, options: argparse.Namespace) -> None:
     parts = [PARTS[name](setup) for name in PARTS if name in options.parts.split(",")]
     with ResultsFile(setup.folder).writing():
         setup.read()
-        if options.retry:
-            forget_failures(setup)
         try:
             run_parts(setup, parts, 60 * options.minutes, lambda line: print(line, flush=True))
         finally:

@@ -59,6 +59,19 @@ class Sizes:
     traced_heads: tuple[int, int, int]
 
 
+def newest_lines(folder: Path, retry_before: int = 0) -> dict[str, Record]:
+    """The newest line of each key, failures among the first ``retry_before`` lines left out.
+
+    Raises:
+        ValueError: a line is none.
+    """
+    found: dict[str, Record] = {}
+    for number, line in enumerate(ResultsFile(folder).load()):
+        if number >= retry_before or line["status"] in ("ok", SKIPPED):
+            found[line["key"]] = line
+    return found
+
+
 @dataclass(frozen=True)
 class Setup:
     """A start of the command: where it writes, what is there already, and on what it measures."""
@@ -66,6 +79,7 @@ class Setup:
     folder: Path
     sizes: Sizes
     device_type: str
+    retry_before: int = 0  # failures among so many first lines do not count
     lines: dict[str, Record] = field(default_factory=dict)  # by key, the newest
     worker: Worker = field(default_factory=Worker)
 
@@ -75,11 +89,12 @@ class Setup:
         Raises:
             ValueError: they are of the other sizes.
         """
-        for line in ResultsFile(self.folder).load():
+        found = newest_lines(self.folder, self.retry_before)
+        for line in found.values():
             if line["toy"] != self.sizes.toy:
                 kind, flag = ("a toy run", "with") if line["toy"] else ("a real run", "without")
                 raise ValueError(f"{self.folder} holds lines of {kind}; choose another --out, or start {flag} --toy.")
-            self.lines[line["key"]] = line
+        self.lines.update(found)
 
     def add(self, key: str, outcome: Record) -> Record:
         """Append a line."""
@@ -160,10 +175,3 @@ def _run(item: Item, left: float) -> Record:
     if left < hangs_after and str(outcome.get("reason", "")).startswith(STOPPED):
         return {**outcome, **skip(f"{outcome['reason']}, with which the time of this part ended"), "stopped": True}
     return outcome
-
-
-def forget_failures(setup: Setup) -> None:
-    """Let what has failed run again."""
-    failed = [key for key, line in setup.lines.items() if line["status"] not in ("ok", SKIPPED)]
-    for key in failed:
-        del setup.lines[key]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.gpu.items import SKIPPED, newest_lines
 from benchmarks.results import Record, ResultsFile
 
 LOST = "the device is lost"
@@ -27,16 +28,17 @@ def key_of(node: str) -> str:
 class Lines:
     """Hooks of one run."""
 
-    def __init__(self, folder: Path, toy: bool) -> None:
+    def __init__(self, folder: Path, toy: bool, retry_before: int) -> None:
         self.folder = folder
         self.toy = toy
+        self.retry_before = retry_before
         self.environment = environment("cuda" if torch.cuda.is_available() else "cpu")
         self._outcome: Record = {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leave out what has a line that is no skip."""
-        lines = {line["key"]: line["status"] for line in ResultsFile(self.folder).load()}
-        done = [item for item in items if lines.get(key_of(item.nodeid), "skipped") != "skipped"]
+        lines = newest_lines(self.folder, self.retry_before)
+        done = [i for i in items if lines.get(key_of(i.nodeid), {"status": SKIPPED})["status"] != SKIPPED]
         items[:] = [item for item in items if item not in done]
         config.hook.pytest_deselected(items=done)
 
@@ -54,7 +56,7 @@ class Lines:
             reason = str(crash.message if crash else report.longrepr).strip().partition("\n")[0]
             self._outcome |= {"status": "failed", "reason": reason}
         elif report.skipped and isinstance(report.longrepr, tuple):
-            self._outcome |= {"status": "skipped", "reason": report.longrepr[2].removeprefix("Skipped: ")}
+            self._outcome |= {"status": SKIPPED, "reason": report.longrepr[2].removeprefix("Skipped: ")}
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Write the line, and look at the device."""
@@ -69,11 +71,13 @@ class Lines:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--lines`` and ``--toy-lines``."""
+    """The options of :class:`Lines`."""
     parser.addoption("--lines", type=Path, required=True, help="folder of results.jsonl")
     parser.addoption("--toy-lines", action="store_true", help="mark the lines as those of a toy run")
+    parser.addoption("--retry-before", type=int, default=0, help="failures among so many first lines do not count")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the hooks."""
-    config.pluginmanager.register(Lines(config.getoption("--lines"), config.getoption("--toy-lines")))
+    options = (config.getoption(name) for name in ("--lines", "--toy-lines", "--retry-before"))
+    config.pluginmanager.register(Lines(*options))

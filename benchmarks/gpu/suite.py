@@ -12,6 +12,7 @@ from benchmarks.processes import run_logged
 from benchmarks.results import Record
 
 SUITE = "tests"
+HANGS = 60.0  # seconds after which a test that the end of the time finds running does not run again
 
 
 def suite_part(setup: Setup) -> Part:
@@ -21,10 +22,11 @@ def suite_part(setup: Setup) -> Part:
 
 def run_suite(setup: Setup, left: float) -> Record:
     """Run what has no line yet; start again behind a test that took its process with it."""
-    deadline = time.monotonic() + left
+    deadline, under_way = time.monotonic() + left, setup.folder / UNDER_WAY
     while True:
+        under_way.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", *setup.sizes.tests, "-p", "benchmarks.gpu.pytest_lines"]
-        command += ["-p", "no:cacheprovider", "--lines", str(setup.folder)]
+        command += ["-p", "no:cacheprovider", "--lines", str(setup.folder), "--retry-before", str(setup.retry_before)]
         broken_off = run_logged(
             [*command, *(["--toy-lines"] if setup.sizes.toy else [])],
             setup.folder / "tests.log",
@@ -32,12 +34,13 @@ def run_suite(setup: Setup, left: float) -> Record:
         )
         setup.read()
         counts = Counter(line["status"] for line in lines_of_tests(setup))
+        hung = broken_off is not None and under_way.exists() and time.time() - under_way.stat().st_mtime > HANGS
+        if under_way.exists() and (broken_off is None or hung):
+            reason = f"still running after {HANGS:.0f} s" if hung else "its process died"
+            setup.add(key_of(under_way.read_text()), {"part": SUITE, "status": "failed", "reason": reason})
         if broken_off is not None:
             return broken_off
-        under_way = setup.folder / UNDER_WAY
         if under_way.exists():
-            setup.add(key_of(under_way.read_text()), {"part": SUITE, **_DIED})
-            under_way.unlink()
             continue
         log = (setup.folder / "tests.log").read_text(errors="replace").strip()
         ended = log.rpartition("\n")[2]
@@ -46,10 +49,11 @@ def run_suite(setup: Setup, left: float) -> Record:
         if not counts:
             return {"status": "failed", "reason": f"pytest ended without a test: {ended}"}
         names = {"ok": "passed", "failed": "failed", "skipped": "skipped"}
-        return {"status": "ok", **{names[status]: counts[status] for status in names}}
-
-
-_DIED = {"status": "failed", "reason": "its process died"}
+        outcome: Record = {names[status]: counts[status] for status in names}
+        if counts["failed"]:
+            reason = f"{counts['failed']} of {sum(counts.values())} tests failed"
+            return {"status": "failed", "reason": reason, "counts": outcome}
+        return {"status": "ok", "counts": outcome}
 
 
 def lines_of_tests(setup: Setup) -> list[Record]:
