@@ -11,6 +11,7 @@ no network. Where there is no GPU the same is run at toy sizes (``--toy``).
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or write what was measured; return the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a process under way is ended too
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # in what it starts: nothing waits for a network
     options = parse(arguments)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     writes = options.report or options.write_rates

@@ -159,6 +159,7 @@ def run_parts(setup: Setup, parts: Sequence[Part], seconds: float, say: Callable
             outcome = _run(item, deadline - began)
             line = setup.add(item.key, {"part": part.name, "seconds": round(time.monotonic() - began, 3), **outcome})
             say(f"  {item.key}: {line['status']}" + (f": {line['reason']}" if line["status"] != "ok" else ""))
+        setup.worker.end()  # its context takes memory of the device
 
 
 def _run(item: Item, left: float) -> Record:
