@@ -26,7 +26,7 @@ STEPS = 3  # the first is not timed
 ASSUMED = {"cuda": 3e14, "cpu": 1e10}  # FLOP/s of attention where no line has them, and of matrix products
 HOST = 2e10  # bytes per second of an optimizer on the host, which reads and writes 32 bytes a parameter
 DRAWN = 1e8  # initial weights that a host draws in a second
-HOST_SHARE = 0.9  # of the host's memory that a job may take
+HOST_SHARE = 0.75  # of the host's memory that a job may take; pinned memory is rounded up
 
 KEY = "training on one GPU"
 
