@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,14 +31,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import cuda
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torchtitan.config import JobConfig
 
 from benchmarks.arms import (
     Arm,
     Run,
     check_overrides,
-    launch_environment,
     node_rank,
     parse_count,
     plan,
@@ -48,6 +45,7 @@ from benchmarks.arms import (
     world_size,
 )
 from benchmarks.prediction import Prediction, predict
+from benchmarks.processes import run_logged
 from benchmarks.publish import publish
 from benchmarks.results import Record, ResultsFile
 from torchtitan_upipe.device import refuse_idle_gpus
@@ -55,7 +53,6 @@ from torchtitan_upipe.job.load import load_config
 from torchtitan_upipe.job.read import read_job
 
 Predict = Callable[[JobConfig], Prediction | None]
-KILLED = "Signal 9 (SIGKILL)"  # torchrun's words for it
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def execute(sweep: Sweep, run: Run, predict: Predict) -> Record:
         if outcome.get("status") != "ok":  # what a killed sweep has left of a job that was ended with it
             result.unlink(missing_ok=True)
             log = folder / f"log-node{node_rank()}.txt"
-            broken_off = _run_logged(command, log, sweep.timeout)
+            broken_off = run_logged(command, log, sweep.timeout)
             outcome = {**broken_off, "log": str(log)} if broken_off else _finished(result)
     times = {"wall_seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
     return record | outcome | times
@@ -207,33 +204,6 @@ def _finished(result: Path) -> Record:
     if not result.exists():
         return {"status": "failed", "reason": "the job ended without a result; see its log"}
     return dict(json.loads(result.read_text()))
-
-
-def _run_logged(command: Sequence[str], log: Path, timeout: float) -> Record | None:
-    """Run ``command`` with its output in ``log``; end it with this process.
-
-    Returns:
-        None, or the outcome where the ranks themselves cannot tell it.
-    """
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=launch_environment(),
-            preexec_fn=lambda: _prctl_pr_set_pdeathsig(signal.SIGTERM),  # torchrun then ends its ranks
-        )
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"stopped after {timeout:.0f} s"}
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode and KILLED in log.read_text(errors="replace"):  # its neighbours only see it gone
-        return {"status": "killed", "reason": "a rank was killed, as the system does where host memory runs out"}
-    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ def environment(device_type: str) -> dict[str, Any]:
         },
         "hardware": {
             "device": torch.cuda.get_device_name() if device_type == "cuda" else "CPU",
+            "capability": torch.cuda.get_device_capability() if device_type == "cuda" else None,
             "device_memory_bytes": torch.cuda.get_device_properties().total_memory if device_type == "cuda" else None,
             "processor": _processor(),
             "cores": os.cpu_count(),

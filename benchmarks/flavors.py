@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -15,3 +17,8 @@ CPU_ATTENTION = Qwen3ModelArgs(
 )
 
 get_train_spec("qwen3_upipe").model_args["cpu_attention"] = CPU_ATTENTION
+
+# Llama3-8B with fewer layers, for hosts that its optimizer does not fit on
+_llama3 = get_train_spec("llama3_upipe").model_args
+for _layers in (16, 8):
+    _llama3[f"8B_{_layers}layers"] = replace(_llama3["8B"], n_layers=_layers)

@@ -2,6 +2,9 @@
 
 What would arrive from other ranks is filled with this rank's own data. Sizes, allocations and everything between two
 collectives are those of the real job; values, and the time of the exchanges, are not.
+
+On CUDA a copy runs on the stream that is current when the collective is called, and ``wait`` of its work waits for
+nothing: as with collectives of the current stream, who reads on another stream waits for an event, as FSDP2 does.
 """
 
 from __future__ import annotations

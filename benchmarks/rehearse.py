@@ -31,9 +31,10 @@ from torchtitan.tools.utils import device_module, device_type
 from benchmarks.arms import spell_length
 from benchmarks.environment import environment
 from benchmarks.local_group import join_alone
-from benchmarks.measured import MeasuredTrainer
+from benchmarks.measured import MeasuredTrainer, failure
 from benchmarks.peak import storage_bytes
-from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_rate
+from benchmarks.prediction import predict
+from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_prediction, spell_rate
 from torchtitan_upipe.device import refuse_idle_gpus
 from torchtitan_upipe.job.read import read_job
 
@@ -53,6 +54,7 @@ class Rehearsal:
         forward_seconds, backward_seconds: of one layer, median; backward includes what is computed again.
         peak_device: see :class:`~benchmarks.peak.PeakMeter`.
         peak_host: largest resident set of the process during the timed steps.
+        predicted, predicted_full: peaks of the device by the ledger, with these layers and with all.
         state: parameters and optimizer state of one layer.
         gradients: of one layer.
         kept: what the forward run of one layer leaves allocated for its backward run.
@@ -69,6 +71,8 @@ class Rehearsal:
     state: int
     gradients: int
     kept: int
+    predicted: int
+    predicted_full: int
 
     @property
     def full_step_seconds(self) -> float:
@@ -136,7 +140,7 @@ class RehearsalTrainer(MeasuredTrainer):
         super().__init__(config, warmup, steps)
         self.watch = BlockWatch(self)
 
-    def rehearsal(self, full_layers: int) -> Rehearsal:
+    def rehearsal(self, full_layers: int, predicted: int, predicted_full: int) -> Rehearsal:
         """What was measured, once training has ended."""
         measured, sequences = self.measurement(), self.job_config.training.local_batch_size
         parameters = list(blocks(self)[-1].parameters())
@@ -155,6 +159,8 @@ class RehearsalTrainer(MeasuredTrainer):
             state=storage_bytes([*parameters, *self.optimizer_state(parameters)]),
             gradients=storage_bytes(p.grad for p in parameters if p.grad is not None),
             kept=self.watch.kept(),
+            predicted=predicted,
+            predicted_full=predicted_full,
         )
 
 
@@ -194,6 +200,7 @@ def rehearse(arguments: Sequence[str], rank: int, world_size: int, layers: int, 
         raise ValueError(f"--steps {steps} must be at least 1 and --warmup {warmup} at least 0.")
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1")
     config = read_job([*TEXT, *arguments])
+    predicted_full = _predicted(config)
     full_layers = with_layers(config, layers)
     config.checkpoint.enable = config.validation.enable = config.metrics.enable_tensorboard = False
     join_alone(rank, world_size)
@@ -201,11 +208,19 @@ def rehearse(arguments: Sequence[str], rank: int, world_size: int, layers: int, 
         with tempfile.TemporaryDirectory() as folder:
             config.job.dump_folder = folder
             trainer = RehearsalTrainer(config, warmup, steps)
+            if warmup == 0:
+                trainer.optimizers.state_dict()  # makes the optimizer's state, which a later step finds
             trainer.train()
             trainer.close()
-            return trainer.rehearsal(full_layers)
+            return trainer.rehearsal(full_layers, _predicted(config), predicted_full)
     finally:
         dist.destroy_process_group()
+
+
+def _predicted(config: JobConfig) -> int:
+    """Peak of a rank's device memory by the ledger; 0 where nothing predicts. CPU kernels have no workspace."""
+    prediction = predict(config, workspace=device_type != "cpu")
+    return 0 if prediction is None else prediction.device_bytes
 
 
 def page(result: Rehearsal, title: str) -> str:
@@ -217,6 +232,11 @@ def page(result: Rehearsal, title: str) -> str:
     seconds, full_seconds = result.step_seconds, result.full_step_seconds
     rows = [
         row("peak device memory", spell_bytes(result.peak_device), spell_bytes(result.full_peak_device)),
+        [
+            "peak device memory by the ledger",
+            spell_prediction(result.predicted, result.peak_device),
+            spell_prediction(result.predicted_full, result.full_peak_device),
+        ],
         row("step [s]", f"{seconds:.3g}", f"{full_seconds:.3g}"),
         row("tokens/s/rank, exchanges not counted", *(spell_rate(result.tokens / s) for s in (seconds, full_seconds))),
     ]
@@ -240,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0, help="the rank to run (0)")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole job")
     parser.add_argument("--layers", type=int, default=2, help="layers to run, at least 2 (2)")
-    parser.add_argument("--warmup", type=int, default=1, help="first steps, not timed (1)")
+    parser.add_argument("--warmup", type=int, default=1, help="first steps, not timed; 0 for steps of minutes (1)")
     parser.add_argument("--steps", type=int, default=1, help="timed steps (1)")
     parser.add_argument("--result", type=Path, help="JSON lines file to append to")
     options, job = parser.parse_known_args(arguments)
@@ -248,7 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         refuse_idle_gpus()
         result = rehearse(job, options.rank, options.world_size, options.layers, options.warmup, options.steps)
-    except ValueError as error:
+    except Exception as error:
+        if options.result:
+            _append(options.result, failure(error))
+        if not isinstance(error, ValueError):
+            raise
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
     config = read_job([*TEXT, *job])
@@ -256,11 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title += f", {spell_length(config.training.seq_len)}, {cp.method}, rank {options.rank} of {options.world_size}"
     print(page(result, title))
     if options.result:
-        record = {"rehearsal": asdict(result), "rank": options.rank, "world_size": options.world_size}
-        line = json.dumps({**record, **environment(device_type), "config": config.to_dict()})
-        with options.result.open("a") as file:
-            file.write(line + "\n")
+        of = {"rank": options.rank, "world_size": options.world_size, "warmup_steps": options.warmup}
+        record = {"status": "ok", "rehearsal": asdict(result), **of, "config": config.to_dict()}
+        _append(options.result, {**record, **environment(device_type)})
     return 0
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import ab, arms, measured, report, results
+from benchmarks import ab, arms, measured, processes, report, results
 from benchmarks.arms import Arm, Run
 from benchmarks.prediction import Prediction
 from benchmarks.publish import publish
@@ -103,7 +103,7 @@ def test_a_torn_line_is_no_result(tmp_path: Path) -> None:
 
 def test_how_a_job_ended(tmp_path: Path) -> None:
     def run(code: str, timeout: float = 60) -> results.Record | None:
-        return ab._run_logged([sys.executable, "-c", code], tmp_path / "log", timeout)
+        return processes.run_logged([sys.executable, "-c", code], tmp_path / "log", timeout)
 
     assert run("pass") is None
     assert run("raise SystemExit(1)") is None  # its ranks have told why

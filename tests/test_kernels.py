@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.reference import relative_error
+from torchtitan_upipe.kernels import select
 from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.rates import Rate, RatesOfDevice, read_rates, write_rates
 from torchtitan_upipe.kernels.select import build_kernel, check_kernel, resolve_kernel
 
 SCALE = 0.3
@@ -101,3 +104,62 @@ def test_each_name_is_its_own_kernel() -> None:
     assert resolve_kernel("auto", "cpu") == "sdpa"
     assert build_kernel("auto", "cpu").name == "sdpa"
     assert build_kernel("reference", "cpu").name == "reference"
+
+
+# --- what "auto" stands for on CUDA -----------------------------------------------------------------------------------
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def entry(device: str = H100, **rates: tuple[float, float]) -> RatesOfDevice:
+    return RatesOfDevice(device, (9, 0), "measured: here", 2**20, 128, {k: Rate(*v) for k, v in rates.items()})
+
+
+def auto(
+    monkeypatch: pytest.MonkeyPatch,
+    table: list[RatesOfDevice] | None,
+    installed: set[str] = frozenset(),  # type: ignore[assignment]
+    device: str = H100,
+    head_dim: int = 128,
+) -> str:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0) if "A100" in device else (9, 0))
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda module: module if module in installed else None)
+    if table is not None:
+        monkeypatch.setattr(select, "read_rates", lambda: table)
+    return resolve_kernel("auto", "cuda", head_dim)
+
+
+def test_auto_without_a_rate_of_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped table knows FlashAttention-3 and cuDNN on H100, but not the built-in kernel."""
+    assert auto(monkeypatch, None, {"flash_attn_interface"}) == "flash3"
+    assert auto(monkeypatch, None) == auto(monkeypatch, None, {"flash_attn"}) == "sdpa"
+    assert auto(monkeypatch, None, {"flash_attn_interface"}, device="NVIDIA A100-SXM4-80GB") == "sdpa"
+    assert auto(monkeypatch, [], {"flash_attn_interface"}) == "flash3"
+
+
+def test_auto_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [entry(sdpa=(330, 280), cudnn=(560, 500), flash2=(340, 290), flash3=(600, 400))]
+    everything = {"flash_attn", "flash_attn_interface"}
+    assert auto(monkeypatch, table, everything) == "cudnn"  # the backward pass counts 2.5 times
+    assert auto(monkeypatch, table, device="NVIDIA H200") == "cudnn"  # the same compute capability
+    assert auto(monkeypatch, table, device="NVIDIA A100-SXM4-80GB") == "sdpa"
+    assert auto(monkeypatch, table, everything, head_dim=256) == "flash3"  # cuDNN cannot
+    assert auto(monkeypatch, table, {"flash_attn"}, head_dim=256) == "flash2"
+    own = entry("NVIDIA H200", sdpa=(400, 400), cudnn=(300, 300))
+    assert auto(monkeypatch, [*table, own], device="NVIDIA H200") == "sdpa"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert auto(monkeypatch, table) == "sdpa"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
+    path, first = tmp_path / "rates.json", entry(sdpa=(300, 250))
+    write_rates(first, path)
+    write_rates(entry("NVIDIA H200", cudnn=(1, 2)), path)
+    assert read_rates(path) == [entry("NVIDIA H200", cudnn=(1, 2)), first]
+    write_rates(entry(sdpa=(310, 250)), path)
+    assert [e.rates["sdpa"].forward for e in read_rates(path) if e.device == H100] == [310]
+    assert read_rates()[0].source.startswith("published: ")

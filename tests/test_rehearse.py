@@ -105,8 +105,8 @@ def test_collectives_of_one_rank_alone() -> None:
     assert result["norm"] == 1
 
 
-def rehearsal(args: list[str], world_size: int, layers: int) -> rehearse.Rehearsal:
-    return rehearse.rehearse(args, world_size - 1, world_size, layers, warmup=1, steps=1)
+def rehearsal(args: list[str], world_size: int, layers: int, warmup: int = 1) -> rehearse.Rehearsal:
+    return rehearse.rehearse(args, world_size - 1, world_size, layers, warmup, steps=1)
 
 
 def debug_job(folder: Path, method: str, checkpointing: str) -> list[str]:
@@ -141,10 +141,19 @@ def test_a_rehearsal_extrapolates_what_more_layers_need(tmp_path: Path) -> None:
     seconds = few.forward_seconds + few.backward_seconds
     assert 0 < 2 * seconds < few.step_seconds
     assert few.full_step_seconds == pytest.approx(few.step_seconds + 2 * seconds)
-    rows = rehearse.page(few, "x").splitlines()[2:5]
-    assert [[cell.split()[-1] for cell in row.strip("| ").split(" | ")[1:]] for row in rows] == [
-        ["measured", "extrapolated"]
-    ] * 3
+    rows = [row.strip("| ").split(" | ") for row in rehearse.page(few, "x").splitlines()[2:6]]
+    by_ledger = rows.pop(1)
+    assert [[cell.split()[-1] for cell in row[1:]] for row in rows] == [["measured", "extrapolated"]] * 3
+    assert [cell.split()[2] for cell in by_ledger[1:]] == ["predicted"] * 2
+    assert few.predicted == pytest.approx(few.peak_device, rel=0.1)
+    assert few.predicted_full == all_layers.predicted == all_layers.predicted_full
+
+
+def test_a_rehearsal_without_warmup_has_its_optimizer(tmp_path: Path) -> None:
+    args = debug_job(tmp_path, "upipe", "full")
+    warm, cold = (run_ranks(rehearsal, 1, args, 2, 2, warmup, init=False)[0] for warmup in (1, 0))
+    assert cold.state == warm.state > 0
+    assert cold.peak_device == pytest.approx(warm.peak_device, rel=0.02)
 
 
 def test_refused_rehearsals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def run(function: Function, inputs: Inputs, dtype: torch.dtype, scale: float = 1
     leaves = {name: t.to(dtype, copy=True).requires_grad_() for name, t in inputs.items()}
     out = function(leaves)
     grad = torch.tensor(scale) if out.dim() == 0 else draw(tuple(out.shape), seed=2)[0]
-    out.backward(grad.to(out.dtype))
+    out.backward(grad.to(out))
     return {"out": out.detach()} | {name: t.grad for name, t in leaves.items() if t.grad is not None}
 
 

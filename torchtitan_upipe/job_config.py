@@ -42,7 +42,8 @@ class ContextParallel:
     attention_kernel: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "reference"] = "auto"
     """
     "sdpa" is PyTorch's own flash operator (CPU and CUDA); "cudnn", "flash2" (flash-attn) and "flash3" run on CUDA;
-    "reference" is eager float32. "auto" is "flash3" where it is installed on Hopper, else "sdpa".
+    "reference" is eager float32. "auto" is "flash3" where it is installed on Hopper, else "sdpa", or what
+    `assets/kernel_rates.json` says is faster than that on the device.
     """
 
     query_tiles: int = 1

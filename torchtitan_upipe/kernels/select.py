@@ -8,6 +8,7 @@ import torch
 
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.kernels.contract import AttentionKernel
+from torchtitan_upipe.kernels.rates import rates_of, read_rates
 from torchtitan_upipe.kernels.reference import ReferenceKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel, CudaFlashKernel, CudnnKernel
 from torchtitan_upipe.kernels.simulated import VARLEN, SimulatedKernel, SimulatedVarlenKernel
@@ -43,7 +44,7 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype, deterministic:
     if device_type == SIMULATED:
         return  # stands for a machine that may have what this one lacks
     module = CUDA_ONLY.get(name)
-    if module and importlib.util.find_spec(module) is None:
+    if not _installed(name):
         remedy = (
             "pip install --no-build-isolation flash-attn==2.8.3" if name == "flash2" else "install FlashAttention-3"
         )
@@ -55,20 +56,36 @@ def check_kernel(name: str, device_type: str, dtype: torch.dtype, deterministic:
         )
 
 
-def resolve_kernel(name: str, device_type: str) -> str:
-    """The kernel that ``"auto"`` stands for on this machine; any other name stands for itself."""
-    if name != "auto":
-        return name
-    if device_type == "cuda" and importlib.util.find_spec("flash_attn_interface") is not None:
-        return "flash3" if torch.cuda.get_device_capability()[0] == 9 else "sdpa"
-    return "sdpa"
+def resolve_kernel(name: str, device_type: str, head_dim: int = 128) -> str:
+    """The kernel that ``"auto"`` stands for on this machine; any other name stands for itself.
+
+    By default ``"flash3"`` where it is installed on Hopper, else ``"sdpa"``. Another one is chosen only where the table
+    of rates (``rates.py``) says that it is faster on this device, and only if it can do what the job needs.
+    """
+    if name != "auto" or device_type != "cuda":
+        return "sdpa" if name == "auto" else name
+    capability = torch.cuda.get_device_capability()
+    default = "flash3" if _installed("flash3") and capability[0] == 9 else "sdpa"
+    entry = rates_of(torch.cuda.get_device_name(), capability, read_rates())
+    return default if entry is None else entry.fastest(default, _able(head_dim))
 
 
-def build_kernel(name: str, device_type: str) -> AttentionKernel:
-    """Build the kernel ``name`` (already checked by :func:`check_kernel`) for ``device_type``."""
+def _able(head_dim: int) -> list[str]:
+    """The kernels that are here and can do the job; cuDNN has no deterministic backward, and heads of at most 128."""
+    refused = {"cudnn"} if torch.are_deterministic_algorithms_enabled() or head_dim % 8 or head_dim > 128 else set()
+    return [name for name in ("sdpa", *CUDA_ONLY) if _installed(name) and name not in refused]
+
+
+def _installed(name: str) -> bool:
+    module = CUDA_ONLY.get(name)
+    return not module or importlib.util.find_spec(module) is not None
+
+
+def build_kernel(name: str, device_type: str, head_dim: int = 128) -> AttentionKernel:
+    """Build the kernel ``name`` (already checked by :func:`check_kernel`) for ``device_type`` and heads that wide."""
     if device_type == SIMULATED:
         return SimulatedVarlenKernel(name) if name in VARLEN else SimulatedKernel(name)
-    match resolve_kernel(name, device_type):
+    match resolve_kernel(name, device_type, head_dim):
         case "reference":
             return ReferenceKernel()
         case "cudnn":
@@ -80,5 +97,9 @@ def build_kernel(name: str, device_type: str) -> AttentionKernel:
         case "flash3":
             torch.nn.attention.activate_flash_attention_impl("FA3")
             return CudaFlashKernel("flash3")
+        case _ if device_type == "cuda":
+            if torch.nn.attention.current_flash_attention_impl() is not None:  # an earlier "flash3" of this process
+                torch.nn.attention.restore_flash_attention_impl()
+            return CudaFlashKernel()
         case _:
-            return CudaFlashKernel() if device_type == "cuda" else CpuFlashKernel()
+            return CpuFlashKernel()

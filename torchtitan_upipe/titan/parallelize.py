@@ -87,11 +87,12 @@ class Parallelize:
     def _attach(self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig, pool: HostPool) -> None:
         cp = job_config.context_parallel
         ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
-        kernel = build_kernel(cp.attention_kernel, device_type)
         stashes = _stashes(job_config, parallel_dims.world_size, pool)
         frequencies = self.rope.frequencies(model.model_args).to(device_type)  # once: a copy makes the host wait
         self.rope.drop_table(model)
         blocks: Any = model.layers
+        head_dim = next(iter(blocks.values())).attention.head_dim
+        kernel = build_kernel(cp.attention_kernel, device_type, head_dim)
         for block, new_stash in zip(blocks.values(), stashes, strict=True):
             method = build_method(
                 cp.method,
