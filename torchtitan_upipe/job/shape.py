@@ -41,10 +41,11 @@ class JobShape:
         length: ``S``, padded.
         ulysses: ranks of the all-to-all.
         ring: ranks of the ring.
-        shards: ranks over which FSDP2 shards; 1 = no FSDP2.
+        shards: ranks over which FSDP2 shards; 1 = no FSDP2, unless the state is on the host.
         element: bytes of an element in which activations are computed.
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
+        state_on_host: FSDP2 keeps parameters, gradients and the optimizer's state in host memory.
         stash_budget: host bytes for the stashes of all layers; 0 = no limit.
         workspace: count what the attention kernel's backward holds beside its results.
     """
@@ -59,6 +60,7 @@ class JobShape:
     element: int
     stored: int
     reduced: int
+    state_on_host: bool
     method: str
     head_chunk: int
     query_tiles: int
@@ -69,6 +71,11 @@ class JobShape:
     offload: bool
     positions: bool
     workspace: bool
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights belong to FSDP2, on a mesh of one, too."""
+        return self.shards > 1 or self.state_on_host
 
     @property
     def tokens(self) -> int:
@@ -121,7 +128,8 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
     shards = world_size // parallel.data_parallel_replicate_degree
     ulysses, ring = degrees(cp.method, degree, cp.ring_degree)
     divisor = length_divisor(ulysses, ring)
-    computed = training.mixed_precision_param if shards > 1 or training.dtype != "bfloat16" else training.dtype
+    fsdp = shards > 1 or training.enable_cpu_offload
+    computed = training.mixed_precision_param if fsdp or training.dtype != "bfloat16" else training.dtype
     model = model_shape(config.model.name, config.model.flavor)
     return JobShape(
         model=model,
@@ -134,6 +142,7 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         element=_bytes(computed),
         stored=_bytes(training.dtype),
         reduced=_bytes(training.mixed_precision_reduce),
+        state_on_host=training.enable_cpu_offload,
         method=cp.method,
         head_chunk=cp.head_chunk or model.heads,
         query_tiles=cp.query_tiles,

@@ -105,10 +105,13 @@ class UPipeBytes:
         heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
         on_host = any(not block.device for block in kept)
 
-        def wait_for_dx(grad: Block) -> None:
+        def settle() -> None:
             if on_host:
                 account.free(*heads)
                 heads.clear()
+
+        def wait_for_dx(grad: Block) -> None:
+            settle()
             heads.append(grad)
 
         projected: list[Block] = []
@@ -123,7 +126,6 @@ class UPipeBytes:
                 # o and lse: from the stash, or attention again
                 if stashed:
                     o_tokens, lse = self._fetched(*stashed.pop(0), fetched)
-                    fetched = self._fetch_next(stashed)
                     o = self.to_heads(stage, tile, o_tokens)
                     q, projected = None, []
                 else:
@@ -145,8 +147,10 @@ class UPipeBytes:
                 # attention
                 if q is None:
                     q, projected = self.queries(stage, tile)
+                settle()
                 dq = self.attend_backward(stage, tile, kv)
                 account.free(do, q, o, lse)
+                fetched = self._fetch_next(stashed)
 
                 # exchange back, undo rope and norm
                 parts.append(self.to_sequence(stage, tile, dq))
@@ -177,9 +181,7 @@ class UPipeBytes:
 
         stacked = account.hold(sum(attention_weights(job)[:3]))
         dx = account.hold(job.hidden)
-        if on_host:
-            account.free(*heads)
-            heads.clear()
+        settle()
         all_heads = job.model.heads + 2 * job.model.kv_heads
         self._in_slices(all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
         rounded = account.hold(attention_weights(job)[3], "gradients")
@@ -346,9 +348,11 @@ def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool =
     rows = min(rope.ROWS, job.tokens)
     wide = size * job.wide / job.element * rows / job.tokens
     copies = wide if job.element < job.wide else 0
-    again = wide / 2 if job.tokens > rows else 0  # of the slice before
-    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
-    account.brief(copies, 2 * wide, again, angles)
+    angles = (job.batch if job.positions else 1) * rows * job.model.head_dim // 2  # of [B or 1, rows]
+    at_angles, at_rotation = angles * (2 * 8 + 4), angles * 3 * 4 + 2 * wide
+    if job.tokens > rows:  # of the slice before: the heads and what they became, its cosines and sines
+        at_angles, at_rotation = at_angles + copies + wide + angles * 2 * 4, at_rotation + wide
+    account.brief(copies, max(at_angles, at_rotation))
     if norm:
         account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
 
