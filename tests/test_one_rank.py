@@ -59,7 +59,9 @@ def where_the_state_is(args: list[str]) -> tuple[int, int, set[str], set[torch.d
     trainer = Trainer(read_job(args))
     trainer.train()
     (model,) = trainer.model_parts
-    state = [value for optimizer in trainer.optimizers for entry in optimizer.state.values() for value in entry.values()]
+    state = [
+        value for optimizer in trainer.optimizers for entry in optimizer.state.values() for value in entry.values()
+    ]
     local = [value.to_local() for value in [*model.parameters(), *state] if isinstance(value, DTensor)]
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

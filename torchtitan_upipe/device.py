@@ -67,7 +67,7 @@ def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
 
 
 def _keep_pageable() -> None:
-    """Let FSDP2's offload, which TorchTitan asks for without arguments, pin no memory: here is nothing to pin it for."""
+    """Let FSDP2's offload, which TorchTitan asks for without arguments, pin no memory: nothing here needs it."""
     CPUOffloadPolicy.__init__.__defaults__ = (False,)
 
 

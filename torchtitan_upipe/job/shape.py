@@ -41,6 +41,7 @@ class JobShape:
         length: ``S``, padded.
         ulysses: ranks of the all-to-all.
         ring: ranks of the ring.
+        replicas: groups of ranks that each hold all weights.
         shards: ranks over which FSDP2 shards; 1 = no FSDP2, unless the state is on the host.
         element: bytes of an element in which activations are computed.
         stored: bytes of an element in which parameters and their gradients' shards are kept.
@@ -56,6 +57,7 @@ class JobShape:
     rank: int
     ulysses: int
     ring: int
+    replicas: int
     shards: int
     element: int
     stored: int
@@ -76,6 +78,11 @@ class JobShape:
     def fsdp(self) -> bool:
         """Whether weights belong to FSDP2, on a mesh of one, too."""
         return self.shards > 1 or self.state_on_host
+
+    @property
+    def can_move_state(self) -> bool:
+        """Whether ``training.enable_cpu_offload`` would move anything, and has not."""
+        return not self.state_on_host and (self.shards > 1 or self.replicas == 1)
 
     @property
     def tokens(self) -> int:
@@ -138,6 +145,7 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         rank=rank % degree,
         ulysses=ulysses,
         ring=ring,
+        replicas=parallel.data_parallel_replicate_degree,
         shards=shards,
         element=_bytes(computed),
         stored=_bytes(training.dtype),
