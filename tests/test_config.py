@@ -169,8 +169,11 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--activation_checkpoint.offload"], r"mode = 'none' does not checkpoint every block; set .*mode = \"full\""),
         (["--compile.enable"], r"torch.compile does not work with llama3_upipe yet; set compile.enable = false"),
         (
-            ["--training.enable_cpu_offload"],
-            r"training.enable_cpu_offload = true works on CUDA only and this job runs on",
+            [
+                "--training.enable_cpu_offload",
+                *("--parallelism.context_parallel_degree", "1", "--parallelism.data_parallel_replicate_degree", "4"),
+            ],
+            r"training.enable_cpu_offload = true moves .* nothing where each of the 4 ranks is a replica; remove it",
         ),
         (["--profiling.enable_profiling"], r"profiling.enable_profiling = true works on CUDA only"),
         (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),

@@ -70,10 +70,17 @@ def variants(shape: Shape, degree: int) -> list[Variant]:
     return which
 
 
-def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: AttentionKernel | None = None) -> Any:
+def build(
+    shape: Shape,
+    variant: Variant,
+    device: str = "cpu",
+    kernel: AttentionKernel | None = None,
+    pool: HostPool | None = None,
+) -> Any:
     method, chunk, stash_and_tiles, ring_degree = variant
     stash, _, tiles = stash_and_tiles.partition("/")
-    new_stash = {"none": None, "device": Stash, "host": partial(Stash, HostPool().put)}[stash]
+    pool = pool or HostPool()
+    new_stash = {"none": None, "device": Stash, "host": partial(Stash, pool.put)}[stash]
     world = dist.get_world_size() if dist.is_initialized() else 1
     ulysses_group = ring_group = None
     if ring_degree == world > 1:
@@ -90,7 +97,7 @@ def build(shape: Shape, variant: Variant, device: str = "cpu", kernel: Attention
         head_chunk=0 if method == "fpdt" else chunk,
         new_stash=new_stash,
         query_tiles=int(tiles or 1),
-        put_away=HostPool().put,
+        put_away=pool.put,
         sequence_chunk=chunk if method == "fpdt" else 0,
         ulysses_group=ulysses_group,
         ring_group=ring_group,

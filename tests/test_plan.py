@@ -103,6 +103,23 @@ def test_a_smaller_batch_is_the_remedy_where_it_fits(tmp_path: Path) -> None:
     assert "shorten training.seq_len or use more ranks" in explain_nothing_fits(job, Budget(2**20, 2**40))
 
 
+def test_a_state_on_the_host_is_the_remedy_where_it_fits(tmp_path: Path) -> None:
+    """On one rank, unless the host is too small; plain data parallel has nothing that could move."""
+    args = job_args(tmp_path, 1, training__seq_len=4096)
+    job = job_shape(read_job(args, 1), 1)
+    moved = job_shape(read_job([*args, "--training.enable_cpu_offload"], 1), 1)
+    assert moved == replace(job, state_on_host=True)
+    least = min((predict_shape(c) for c in candidates(moved)), key=lambda prediction: prediction.device_bytes)
+    budget = Budget(least.device_bytes, least.host_bytes)
+    assert fastest(job, budget) is None
+    assert "; set training.enable_cpu_offload = true." in explain_nothing_fits(job, budget)
+    assert "shorten training.seq_len" in explain_nothing_fits(job, replace(budget, host=2**20))
+    assert "shorten training.seq_len" in explain_nothing_fits(replace(job, replicas=2), budget)
+    assert fastest(moved, replace(budget, host=2**20)) is None
+    stateful = replace(job, checkpoint=True, tile_size=8192, length=64, head_chunk=1)
+    assert planner.advice(predict_shape(stateful), stateful) == "set training.enable_cpu_offload = true"
+
+
 def test_head_chunk_0_takes_the_largest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = job_args(tmp_path, 4, training__seq_len=65536, context_parallel__tile_size=512, model__flavor="debug")
     config = read_job(args, 4)

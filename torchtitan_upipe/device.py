@@ -20,7 +20,7 @@ import torch
 import torch._utils
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak resident set size
@@ -39,6 +39,7 @@ def enable_cpu() -> None:
     if torch._utils._get_available_device_type() is not None:
         return
     _answer_torchtitan("cpu", CpuModule())
+    _keep_pageable()
 
 
 def refuse_idle_gpus() -> None:
@@ -77,6 +78,7 @@ def enable_simulated_device() -> None:
     module = SimulatedModule()
     _setup_privateuseone_for_python_backend(SIMULATED, backend_module=module)
     _answer_torchtitan(SIMULATED, module)
+    _keep_pageable()
 
 
 def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
@@ -88,6 +90,11 @@ def _answer_torchtitan(device_type: str, module: types.ModuleType) -> None:
     get_device_module = torch._utils._get_device_module
     torch._utils._get_available_device_type = lambda: device_type
     torch._utils._get_device_module = lambda name: module if name == device_type else get_device_module(name)  # type: ignore[assignment]
+
+
+def _keep_pageable() -> None:
+    """Let FSDP2's offload, which TorchTitan asks for without arguments, pin no memory: nothing here needs it."""
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)
 
 
 def leave(code: int) -> NoReturn:

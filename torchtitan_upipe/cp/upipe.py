@@ -112,7 +112,7 @@ class _UPipeLayer(torch.autograd.Function):
 
             for t, tile in enumerate(tiles):
                 # project and exchange: q
-                q, _ = layer.queries(stage, tile)  # [B, Sq, u, d]
+                q = layer.queries(stage, tile)[0]  # [B, Sq, u, d]
 
                 # attention over the whole sequence
                 o, lse = layer.attend(stage, tile, q, kv)

@@ -194,10 +194,11 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
 
 def _check_offload(config: JobConfig, world_size: int) -> None:
     checkpointing = config.activation_checkpoint
-    if config.training.enable_cpu_offload and world_size == config.parallelism.data_parallel_replicate_degree:
+    replicas = config.parallelism.data_parallel_replicate_degree
+    if config.training.enable_cpu_offload and 1 < world_size == replicas:
         raise ValueError(
-            "training.enable_cpu_offload = true moves what FSDP2 shards, nothing where every rank is a replica; "
-            "remove it, or set data_parallel_shard_degree or context_parallel_degree above 1."
+            f"training.enable_cpu_offload = true moves what FSDP2 holds, nothing where each of the {replicas} ranks is "
+            "a replica; remove it, or set data_parallel_shard_degree or context_parallel_degree above 1."
         )
     if checkpointing.offload and checkpointing.mode != "full":
         raise ValueError(
@@ -224,7 +225,6 @@ def _check_device(config: JobConfig, device_type: str) -> None:
         return
     cuda_only = {
         'context_parallel.method = "torchtitan"': config.context_parallel.method == "torchtitan",
-        "training.enable_cpu_offload = true": config.training.enable_cpu_offload,
         "training.dataloader.pin_memory = true": config.training.dataloader.pin_memory,
         'checkpoint.async_mode = "async_with_pinned_mem"': config.checkpoint.async_mode == "async_with_pinned_mem",
         "profiling.enable_profiling = true": config.profiling.enable_profiling,  # TorchTitan names no CPU activity

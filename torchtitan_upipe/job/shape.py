@@ -43,11 +43,13 @@ class JobShape:
         length: ``S``, padded.
         ulysses: ranks of the all-to-all.
         ring: ranks of the ring.
-        shards: ranks over which FSDP2 shards; 1 = no FSDP2.
+        replicas: groups of ranks that each hold all weights.
+        shards: ranks over which FSDP2 shards; 1 = no FSDP2, unless the state is on the host.
         element: bytes of an element in which activations are computed.
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
         sequence_chunk: tokens of a chunk of the sequence; 0 where there are none.
+        state_on_host: FSDP2 keeps parameters, gradients and the optimizer's state in host memory.
         stash_budget: host bytes for the stashes of all layers; 0 = no limit.
         kernel: ``context_parallel.attention_kernel``.
         deterministic: ``debug.deterministic``.
@@ -60,10 +62,12 @@ class JobShape:
     rank: int
     ulysses: int
     ring: int
+    replicas: int
     shards: int
     element: int
     stored: int
     reduced: int
+    state_on_host: bool
     method: str
     head_chunk: int
     sequence_chunk: int
@@ -77,6 +81,16 @@ class JobShape:
     kernel: str
     deterministic: bool
     workspace: bool
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights belong to FSDP2, on a mesh of one, too."""
+        return self.shards > 1 or self.state_on_host
+
+    @property
+    def can_move_state(self) -> bool:
+        """Whether ``training.enable_cpu_offload`` would move anything, and has not."""
+        return not self.state_on_host and (self.shards > 1 or self.replicas == 1)
 
     @property
     def tokens(self) -> int:
@@ -131,7 +145,8 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
     shards = world_size // parallel.data_parallel_replicate_degree
     ulysses, ring = degrees(cp.method, degree, cp.ring_degree)
     divisor = length_divisor(ulysses, ring)
-    computed = training.mixed_precision_param if shards > 1 or training.dtype != "bfloat16" else training.dtype
+    fsdp = shards > 1 or training.enable_cpu_offload
+    computed = training.mixed_precision_param if fsdp or training.dtype != "bfloat16" else training.dtype
     model = model_shape(config.model.name, config.model.flavor)
     return JobShape(
         model=model,
@@ -140,10 +155,12 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         rank=rank % degree,
         ulysses=ulysses,
         ring=ring,
+        replicas=parallel.data_parallel_replicate_degree,
         shards=shards,
         element=_bytes(computed),
         stored=_bytes(training.dtype),
         reduced=_bytes(training.mixed_precision_reduce),
+        state_on_host=training.enable_cpu_offload,
         method=cp.method,
         head_chunk=cp.head_chunk or model.heads,
         sequence_chunk=chunk_of(cp.method, degree, cp.sequence_chunk),

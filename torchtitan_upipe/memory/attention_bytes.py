@@ -110,10 +110,13 @@ class UPipeBytes:
         heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
         on_host = any(not block.device for block in kept)
 
-        def wait_for_dx(grad: Block) -> None:
+        def settle() -> None:
             if on_host:
                 account.free(*heads)
                 heads.clear()
+
+        def wait_for_dx(grad: Block) -> None:
+            settle()
             heads.append(grad)
 
         projected: list[Block] = []
@@ -128,7 +131,6 @@ class UPipeBytes:
                 # o and lse: from the stash, or attention again
                 if stashed:
                     o_tokens, lse = self._fetched(*stashed.pop(0), fetched)
-                    fetched = self._fetch_next(stashed)
                     o = self.to_heads(stage, tile, o_tokens)
                     q, projected = None, []
                 else:
@@ -145,8 +147,10 @@ class UPipeBytes:
                 # attention
                 if q is None:
                     q, projected = self.queries(stage, tile)
+                settle()
                 dq = self.attend_backward(stage, tile, kv)
                 account.free(do, q, o, lse)
+                fetched = self._fetch_next(stashed)
 
                 # exchange back, undo rope and norm
                 parts.append(self.to_sequence(stage, tile, dq))
@@ -166,9 +170,7 @@ class UPipeBytes:
 
         stacked = account.hold(sum(attention_weights(job)[:3]))
         dx = account.hold(job.hidden)
-        if on_host:
-            account.free(*heads)
-            heads.clear()
+        settle()
         self.product_in_slices(self.all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
         rounded = account.hold(attention_weights(job)[3], "gradients")
         account.free(stacked, d_wo, *heads)

@@ -161,7 +161,8 @@ class BlockBytes:
         """The gradient of the layer's input, and the whole weights'; frees ``kept``."""
         copies = [Block(block.category, block.size, block.device) for block in kept]
         key = ("backward", tuple((block.size, block.device) for block in kept))
-        dx, *weights = self._walk(key, lambda layer: _flat(layer.backward(copies)), kept)
+        freed = [block for block in kept if block.device]  # buffers on the host are used again
+        dx, *weights = self._walk(key, lambda layer: _flat(layer.backward(copies)), freed)
         return dx, weights
 
     def _walk(self, key: Any, walk: Callable[[Any], list[Block]], freed: Sequence[Block] = ()) -> list[Block]:

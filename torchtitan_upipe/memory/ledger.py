@@ -56,15 +56,14 @@ class _Step:
         embedding, norm = (model.vocab, model.dim), (model.dim,)
         self.embedding = [] if model.tied else [embedding]
         self.head = [norm, embedding]
-        self.host: list[Block] = []  # block inputs
         self.names = [f"layers.{i}" for i in range(model.layers)]
 
     def run(self) -> None:
         """Hold and free what a step does."""
         account, job, shards = self.account, self.job, self.shards
         weights = [*self.embedding, *list(job.model.block) * job.model.layers, *self.head]
-        account.hold(shards.shard(weights, job.stored), "parameters")
-        account.hold(2 * shards.shard(weights, job.stored), "optimizer")
+        account.hold(shards.shard(weights, job.stored), "parameters", host=job.state_on_host)
+        account.hold(2 * shards.shard(weights, job.stored), "optimizer", host=job.state_on_host)
         batch = [account.hold(8 * job.batch * job.length, "other", host=True) for _ in range(2)]
         positions = account.hold(8 * job.length / job.ring, "other", host=True)
         account.free(batch[0], positions)
@@ -82,12 +81,12 @@ class _Step:
             weights = shards.gather_forward(self.embedding)
             hidden = [account.hold(job.hidden)]
             account.free(*weights)
-        kept, host = [], self.host
+        kept = []
         for index, name in enumerate(self.names):
             with account.during(f"{name}.attention_norm forward", "block inputs"):
                 weights = shards.gather_forward(job.model.block)
             if job.offload:
-                host.append(account.hold(job.hidden, "block inputs", host=True))
+                account.hold(job.hidden, "block inputs", host=True)
             if job.checkpoint:
                 y, stays = self.block.first_run(index)
                 kept.append(Kept(attention=stays))
@@ -110,13 +109,12 @@ class _Step:
         return hidden, kept, of_head, weights
 
     def _fetch_inputs(self, name: str, index: int, hidden: list[Block]) -> None:
-        """The input of block ``index`` back on the device, and that of the block before on its way."""
+        """The input of block ``index`` back on the device, and that of the block before on its way; buffers stay."""
         if not self.job.offload:
             return
         with self.account.during(f"{name} second forward", "block inputs"):
             if not hidden:
                 hidden.append(self.account.hold(self.job.hidden))
-            self.account.free(self.host.pop())
             if index:
                 hidden.insert(0, self.account.hold(self.job.hidden))
 

@@ -141,11 +141,12 @@ def explain_nothing_fits(job: JobShape, budget: Budget) -> str:
     """One sentence where :func:`fastest` found nothing: what to make smaller."""
     smaller = (batch for batch in _halves(job.batch) if fastest(replace(job, batch=batch), budget))
     batch = next(smaller, None)
-    remedy = (
-        "shorten training.seq_len or use more ranks"
-        if batch is None
-        else f"set training.local_batch_size = {batch} (training.global_batch_size keeps the whole batch)"
-    )
+    if job.can_move_state and fastest(replace(job, state_on_host=True), budget):
+        remedy = "set training.enable_cpu_offload = true"
+    elif batch is None:
+        remedy = "shorten training.seq_len or use more ranks"
+    else:
+        remedy = f"set training.local_batch_size = {batch} (training.global_batch_size keeps the whole batch)"
     return (
         f"no settings train local_batch_size = {job.batch} of {job.length} tokens with method = {job.method!r} in "
         f"{budget.device / GIB:.1f} GiB of device and {budget.host / GIB:.0f} GiB of host memory; {remedy}."
@@ -222,6 +223,8 @@ def advice(prediction: Prediction, job: JobShape) -> str:
         return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
     if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
         return f"set context_parallel.tile_size = {job.tile_size // 2}"
+    if largest in {"parameters", "gradients", "optimizer"} and job.can_move_state:
+        return "set training.enable_cpu_offload = true"
     if job.batch > 1:
         return f"set training.local_batch_size = {job.batch // 2}"
     return "use more ranks or a shorter sequence"

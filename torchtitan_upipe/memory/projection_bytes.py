@@ -12,9 +12,13 @@ def transform_in_slices(account: Account, job: JobShape, size: int, norm: bool =
     rows = min(rope.ROWS, job.tokens)
     wide = size * job.wide / job.element * rows / job.tokens
     copies = wide if job.element < job.wide else 0
-    again = wide / 2 if job.tokens > rows else 0  # of the slice before
-    angles = job.batch * rows * job.model.head_dim // 2 * (2 * 8 + 3 * 4)
-    account.brief(copies, 2 * wide, again, angles)
+    angles = (job.batch if job.positions else 1) * rows * job.model.head_dim // 2  # of [B or 1, rows]
+    at_angles: float = angles * (2 * 8 + 4)
+    at_rotation = angles * 3 * 4 + 2 * wide
+    if job.tokens > rows:  # of the slice before: the heads and what they became, its cosines and sines
+        at_angles += copies + wide + angles * 2 * 4
+        at_rotation += wide
+    account.brief(copies, max(at_angles, at_rotation))
     if norm:
         account.brief(copies, copies, wide, wide)  # heads, gradient; normed again, gradient of the heads
 

@@ -12,10 +12,11 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 class ShardsBytes:
-    """The account of FSDP2 over the groups of weights of one model; of plain weights where there is one rank.
+    """The account of FSDP2 over the groups of weights of one model; of plain weights where there is none.
 
     A group's weights are gathered into one buffer, copied out, and used; the buffer stays until the next group has
-    been copied out (forward), and the next group's buffer is filled ahead (backward).
+    been copied out (forward), and the next group's buffer is filled ahead (backward). On a mesh of one nothing is sent:
+    each weight is copied from the host, rounded, and copied out.
     """
 
     def __init__(self, account: Account, job: JobShape) -> None:
@@ -28,8 +29,8 @@ class ShardsBytes:
     def gather_forward(self, shapes: Shapes) -> list[Block]:
         """The weights, before a group's forward."""
         if self.job.shards == 1:
-            return []
-        buffer = self.account.hold(self._whole(shapes, self.job.element), "communication")
+            return self._copy_in(shapes)
+        buffer = self._gather(shapes)
         if self._buffer is not None:
             self.account.free(self._buffer)
         self._buffer = buffer
@@ -38,8 +39,8 @@ class ShardsBytes:
     def gather_backward(self, shapes: Shapes, following: Shapes | None) -> list[Block]:
         """The weights, before a group's backward; those of the group that ``following`` needs are sent for."""
         if self.job.shards == 1:
-            return []
-        ahead = self._ahead or self.account.hold(self._whole(shapes, self.job.element), "communication")
+            return self._copy_in(shapes)
+        ahead = self._ahead or self._gather(shapes)
         weights = [self.account.hold(self._whole(shapes, self.job.element), "communication")]
         self.account.free(ahead)
         self._ahead = None
@@ -49,21 +50,27 @@ class ShardsBytes:
     def send_for(self, shapes: Shapes | None) -> None:
         """Begin to gather."""
         if shapes is not None and self.job.shards > 1:
-            self._ahead = self.account.hold(self._whole(shapes, self.job.element), "communication")
+            self._ahead = self._gather(shapes)
 
     def reduce(self, shapes: Shapes, weights: Sequence[Block], gradients: Sequence[Block]) -> None:
-        """After a group's backward: gradients to their owners."""
+        """After a group's backward: gradients to their owners, or to the host."""
         account, job = self.account, self.job
         account.free(*weights)
-        if job.shards == 1:
+        if not job.fsdp:
             return  # whole gradients stay
         if self._reducing is not None:
             account.free(self._reducing)
         self._reducing = account.hold(self._whole(shapes, job.reduced), "communication")
         account.free(*gradients)
         shard = account.hold(self.shard(shapes, job.reduced), "gradients")
+        if job.shards == 1:  # divided by 1, out of place
+            account.brief(self._whole(shapes, job.reduced), category="communication")
         if job.reduced != job.stored:
-            account.hold(self.shard(shapes, job.stored), "gradients")
+            stored = account.hold(self.shard(shapes, job.stored), "gradients")
+            account.free(shard)
+            shard = stored
+        if job.state_on_host:
+            account.hold(shard.size, "gradients", host=True)
             account.free(shard)
 
     def end_forward(self) -> None:
@@ -82,6 +89,31 @@ class ShardsBytes:
     def shard(self, shapes: Shapes, element: int) -> int:
         """Bytes of this rank's shards."""
         return sum(shard_elements(shape, self.job.shards) for shape in shapes) * element
+
+    def _gather(self, shapes: Shapes) -> Block:
+        """The buffer of a group's weights; what is sent comes from the host first, if it is there."""
+        sent = [self._from_host(shape) for shape in shapes] if self.job.state_on_host else []
+        buffer = self.account.hold(self._whole(shapes, self.job.element), "communication")
+        self.account.free(*sent)
+        return buffer
+
+    def _copy_in(self, shapes: Shapes) -> list[Block]:
+        """The weights on a mesh of one."""
+        if not self.job.fsdp:
+            return []
+        weights, before = [], self.account.hold(0, "communication")
+        for shape in shapes:
+            copy = self._from_host(shape)
+            self.account.free(before)
+            weights.append(self.account.hold(self._whole([shape], self.job.element), "communication"))
+            before = copy
+        self.account.free(before)
+        return weights
+
+    def _from_host(self, shape: tuple[int, ...]) -> Block:
+        """This rank's rows of a weight on the device, rounded to the dtype in which it is used."""
+        copy = self.account.hold(self.shard([shape], self.job.stored), "communication")
+        return self.account.recast(copy, self.shard([shape], self.job.element))
 
     def _whole(self, shapes: Shapes, element: int) -> int:
         return sum(prod(shape) for shape in shapes) * element

@@ -92,11 +92,13 @@ class HostCopy:
     ``get`` to have it. A copy that is dropped before ``get`` gives its buffer back.
     """
 
+    _buffer: Tensor | None = None  # until there is one, if ever
+
     def __init__(self, pool: HostPool, tensor: Tensor) -> None:
         self._pool = pool
         self._device = tensor.device
         self._transfers = pool.transfers(tensor.device)
-        self._buffer: Tensor | None = pool.acquire(tensor.nbytes, tensor.device)
+        self._buffer = pool.acquire(tensor.nbytes, tensor.device)
         self._host = self._buffer.view(tensor.dtype).view(tensor.shape)
         self._source: Tensor | None = tensor.detach().contiguous()
         self._arriving: Arriving | None = None

@@ -23,10 +23,10 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device, streams: Any = None) -> None:
+        self._locked: list[Tensor] = []
         self.device = device
         self._streams: Any = streams or torch.get_device_module(device)
         self._side = self._streams.Stream(device)
-        self._locked: list[Tensor] = []
 
     def start(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Queue copies ``(target, source)`` behind what the device computes now; give the event of their end.

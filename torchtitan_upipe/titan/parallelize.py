@@ -63,7 +63,7 @@ class Parallelize:
         """
         model_args: Any = model.model_args
         if not isinstance(parallel_dims, TrainerDims):
-            _check_for_stock_trainer(job_config)
+            _check_for_stock_trainer(job_config, parallel_dims.world_size)
             validate_job(job_config, model_args, parallel_dims.world_size, device_type)
         fill_head_chunk(job_config, parallel_dims.world_size, device_type)
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
@@ -127,7 +127,7 @@ class Parallelize:
             )
 
 
-def _check_for_stock_trainer(config: JobConfig) -> None:
+def _check_for_stock_trainer(config: JobConfig, world_size: int) -> None:
     """Refuse what needs this project's trainer, before TorchTitan's would abort in the middle of a collective.
 
     Raises:
@@ -141,6 +141,9 @@ def _check_for_stock_trainer(config: JobConfig) -> None:
         f"context_parallel.ring_degree = {cp.ring_degree} shards for a hybrid": cp.ring_degree not in (1, degree),
         'context_parallel.method = "fpdt" shards each chunk of the sequence': cp.method == "fpdt" and degree > 1,
         "training.document_mask = true finds documents": config.training.document_mask,
+        "training.enable_cpu_offload = true gives one rank to FSDP2": (
+            config.training.enable_cpu_offload and world_size == 1
+        ),
     }
     for need, asked in needs.items():
         if asked:

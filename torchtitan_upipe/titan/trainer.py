@@ -15,6 +15,7 @@ import torchtitan.train
 from torch import Tensor
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.titan.attention import ContextParallelAttention
@@ -64,9 +65,17 @@ class Trainer(torchtitan.train.Trainer):
         return f"{line}; outputs: {', '.join(str(folder / f) for f in written) or 'none asked for'}"
 
     def init_distributed(self) -> TrainerDims:
-        """TorchTitan's groups, under the name that tells a model who trains it."""
+        """TorchTitan's groups, under the name that tells a model who trains it; a mesh of one for FSDP2 if it is asked.
+
+        TorchTitan adds gloo for what is in host memory, which on CPU is there already and must not be named twice.
+        """
+        training = self.job_config.training
+        offload = training.enable_cpu_offload
+        training.enable_cpu_offload = offload and device_type != "cpu"
         dims = super().init_distributed()
-        return TrainerDims(**{field.name: getattr(dims, field.name) for field in fields(dims) if field.init})
+        training.enable_cpu_offload = offload
+        known = {field.name: getattr(dims, field.name) for field in fields(dims) if field.init}
+        return TrainerDims(**known, shard_one=offload and dims.world_size == 1)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
