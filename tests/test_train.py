@@ -157,12 +157,12 @@ def test_full_checkpointing_finds_the_stash_again(tmp_path: Path) -> None:
     assert with_stash == 3 * (2 * 2 + 2)
 
 
-@pytest.mark.parametrize("method", ["ulysses", "upipe"])
+@pytest.mark.parametrize("method", [ULYSSES, upipe(4), fpdt(64)], ids=["ulysses", "upipe", "fpdt"])
 def test_selective_checkpointing_by_operation(
-    method: str, seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
+    method: dict[str, object], seeds: dict[str, Path], one_rank: dict[str, Log], tmp_path: Path
 ) -> None:
     options = {
-        **(ULYSSES if method == "ulysses" else upipe(4)),
+        **method,
         "activation_checkpoint__mode": "selective",
         "activation_checkpoint__selective_ac_option": "op",
     }
