@@ -62,6 +62,7 @@ class Case:
 
     shape: Shape
     seed: int = 0
+    dtype: torch.dtype = torch.float64  # to which inputs are rounded
     x: Tensor = field(init=False)
     dy: Tensor = field(init=False)
     weights: dict[str, Tensor] = field(init=False)
@@ -85,10 +86,25 @@ class Case:
 
     def rounded(self, dtype: torch.dtype) -> Case:
         """The same case with inputs rounded to ``dtype`` (and back to float64): what a low-precision run is given."""
-        case = Case(self.shape, self.seed)
+        case = Case(self.shape, self.seed, dtype)
         case.x, case.dy = case.x.to(dtype).double(), case.dy.to(dtype).double()
         case.weights = {name: w.to(dtype).double() for name, w in case.weights.items()}
         return case
+
+    def block_weights(self) -> dict[str, Tensor]:
+        """The layer's weights and those of a block around it, with an inner width of ``3 D``."""
+        gen, dim = torch.Generator().manual_seed(self.seed + 1000), self.shape.dim
+
+        def draw(*size: int, std: float) -> Tensor:
+            return (torch.randn(*size, generator=gen, dtype=torch.float64) * std).to(self.dtype).double()
+
+        return self.weights | {
+            "attention_norm": 1 + draw(dim, std=0.1),
+            "ffn_norm": 1 + draw(dim, std=0.1),
+            "w1": draw(3 * dim, dim, std=dim**-0.5),
+            "w2": draw(dim, 3 * dim, std=(3 * dim) ** -0.5),
+            "w3": draw(3 * dim, dim, std=dim**-0.5),
+        }
 
     def transform(self, positions: Tensor) -> NormThenRope:
         """Norm and RoPE of the given positions ``[B or 1, N]``."""
@@ -104,9 +120,30 @@ def _leaf(t: Tensor, dtype: torch.dtype, device: str) -> Tensor:
 
 def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """Output and gradients of the plain unsharded layer in ``dtype``."""
-    s = case.shape
     x = _leaf(case.x, dtype, device)
     w = {name: _leaf(t, dtype, device) for name, t in case.weights.items()}
+    y = plain_attention(case, x, w)
+    y.backward(case.dy.to(device, dtype))
+    grads = {name: t.grad for name, t in w.items() if t.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def run_block(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients of the plain unsharded pre-norm block with a SwiGLU, in ``dtype``."""
+    x, w = _leaf(case.x, dtype, "cpu"), {name: _leaf(t, dtype, "cpu") for name, t in case.block_weights().items()}
+    width = (case.shape.dim,)
+    h = x + plain_attention(case, F.rms_norm(x, width, w["attention_norm"], EPS), w)
+    n = F.rms_norm(h, width, w["ffn_norm"], EPS)
+    y = h + F.linear(F.silu(F.linear(n, w["w1"])) * F.linear(n, w["w3"]), w["w2"])
+    y.backward(case.dy.to(dtype))
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **{name: t.grad for name, t in w.items() if t.grad is not None}}
+
+
+def plain_attention(case: Case, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """``y [B, S, D]`` of the normalised ``x``, in ordinary autograd."""
+    s, device = case.shape, x.device
     transform = case.transform(s.positions.to(device))
     q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
     k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
@@ -119,11 +156,7 @@ def run_layer(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
         is_causal=s.starts is None,
         enable_gqa=True,
     )
-    y = F.linear(o.transpose(1, 2).flatten(2), w["wo"])
-    y.backward(case.dy.to(device, dtype))
-    grads = {name: t.grad for name, t in w.items() if t.grad is not None}
-    assert x.grad is not None
-    return {"y": y.detach(), "x": x.grad, **grads}
+    return F.linear(o.transpose(1, 2).flatten(2), w["wo"])
 
 
 def run_method(case: Case, method: object, mine: Tensor, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:

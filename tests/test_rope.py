@@ -11,9 +11,9 @@ from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.qwen3.model.model import apply_rotary_emb as apply_rotary_emb_qwen
 from torchtitan.models.qwen3.model.model import precompute_rope_cache
 
-from torchtitan_upipe.cp import rope as rope_module
 from torchtitan_upipe.cp.rope import Rope
 from torchtitan_upipe.dry_run.live_bytes import LiveBytes
+from torchtitan_upipe.tiled import tiles as tiles_module
 from torchtitan_upipe.titan.rope import llama_frequencies, qwen_frequencies
 
 LENGTH = 8192
@@ -62,7 +62,7 @@ def test_slices_change_nothing_and_the_inverse_undoes(
     rope = Rope(frequencies, torch.arange(100)[None] * 1000, interleaved)
     x = heads(100, dtype=dtype)
     whole = rope(x)
-    monkeypatch.setattr(rope_module, "ROWS", 7)
+    monkeypatch.setattr(tiles_module, "ROWS", 7)
     in_place = x.clone()
     assert rope.rotate_(in_place) is in_place
     assert torch.equal(in_place, whole)
@@ -79,7 +79,7 @@ def test_gradients_are_rotated_back() -> None:
 
 
 def test_temporaries_are_those_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rope_module, "ROWS", 64)
+    monkeypatch.setattr(tiles_module, "ROWS", 64)
     rope = Rope(qwen_frequencies(Qwen3ModelArgs(head_dim=16)), torch.arange(LENGTH)[None], interleaved=True)
     x = heads(dtype=torch.bfloat16)
     with LiveBytes() as meter:

@@ -20,7 +20,6 @@ from torch import Tensor
 from tests.late_streams import LateStreams
 from tests.reference import Case, Shape, run_method
 from tests.test_offload import Model, step
-from torchtitan_upipe.cp import gradients
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.sdpa import CpuFlashKernel
@@ -29,6 +28,7 @@ from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.offload import BlockOffload
 from torchtitan_upipe.stash.stash import KeptOnDevice, Stash
 from torchtitan_upipe.stash.transfers import Transfers, page_locked
+from torchtitan_upipe.tiled import tiles as tiles_module
 
 LAYER = Shape(8, 4, batch=2, norm=True)
 CUDA = torch.device("cuda")
@@ -60,7 +60,7 @@ def run(new_stash: Callable[[], Stash], tiles: int = 1, kernel: AttentionKernel 
 @pytest.mark.parametrize("rows", [8192, 16], ids=["one slice", "many slices"])
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_a_stash_on_the_host_waits_for_its_copies(monkeypatch: pytest.MonkeyPatch, tiles: int, rows: int) -> None:
-    monkeypatch.setattr(gradients, "ROWS", rows)
+    monkeypatch.setattr(tiles_module, "ROWS", rows)
     pool, streams = late_pool()
     expected = run(Stash, tiles)
     for _ in range(2):  # the second time in used buffers
@@ -200,7 +200,7 @@ def test_no_memory_to_lock() -> None:
 def test_rows_are_written_and_read_in_order() -> None:
     """Two tiles on their way each, in whatever memory was used before."""
     pool, streams = late_pool()
-    hidden = HiddenStates(pool)
+    hidden = HiddenStates(pool, tile_size=3)
     slices = [slice(0, 3), slice(3, 6), slice(6, 7)]
     for attempt in range(2):
         handle = hidden.new(torch.Size((2, 7, 4)), torch.float32, torch.device("cpu"))
@@ -233,7 +233,7 @@ def test_a_handle_stands_for_rows_through_autograd_and_for_nothing_else() -> Non
             return grads[0]
 
     pool = HostPool()
-    hidden = HiddenStates(pool)
+    hidden = HiddenStates(pool, tile_size=3)
     options = (torch.Size((1, 4, 2)), torch.bfloat16, torch.device("cpu"))
     x = hidden.new(*options).requires_grad_()
     rows = hidden.of(x)

@@ -14,6 +14,7 @@ from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.merge import merge_partial
 from torchtitan_upipe.kernels.visibility import Documents, Interval
 from torchtitan_upipe.stash.stash import Place, PutAway, Stash
+from torchtitan_upipe.tiled.rows import DeviceRows
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class ChunkedLayer:
     """One rank's attention layer, chunk by chunk, with all stages of the schedule (one, where ``C`` divides ``H``).
 
     Args:
-        whole: the layer of all this rank's tokens.
+        x: ``[B, N, D]``, all this rank's tokens.
+        whole: their layer.
         schedule: of all heads at once.
         chunks: of the sequence.
         put_away: where the chunks' queries, keys and values, and their gradients, wait for one another.
     """
 
-    def __init__(self, whole: StageLayer, schedule: HeadSchedule, chunks: SequenceChunks, put_away: PutAway) -> None:
+    def __init__(
+        self, x: Tensor, whole: StageLayer, schedule: HeadSchedule, chunks: SequenceChunks, put_away: PutAway
+    ) -> None:
+        self.x = x
         self.whole = whole
         self.stages = schedule.stages
         self.chunks = chunks
@@ -83,7 +88,7 @@ class ChunkedLayer:
         rows = self.rows(queries)
         return replace(
             self.whole,
-            x=self.whole.x[:, rows],
+            x=DeviceRows(self.x[:, rows]),
             transform=self.whole.transform.rows(rows),
             attention=LocalAttention(
                 self.whole.attention.kernel, chunks=(self.chunks.positions(queries), self.chunks.positions(keys))

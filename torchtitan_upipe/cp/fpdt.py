@@ -8,7 +8,6 @@ is on its way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torchtitan_upipe.cp.stashing import StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.stash.stash import KeptOnDevice, PutAway, Stash
+from torchtitan_upipe.tiled.rows import DeviceRows, Rows
 
 
 class FPDT(StashingMethod):
@@ -80,7 +80,7 @@ class FPDT(StashingMethod):
     ) -> ChunkedLayer:
         """This layer's chunks for tokens ``x [B, N, D]``; ``weights`` are the fields of ``AttentionWeights``."""
         whole = StageLayer(
-            x,
+            DeviceRows(x),
             AttentionWeights(*weights),  # type: ignore[arg-type]
             transform,
             head_dim,
@@ -89,7 +89,7 @@ class FPDT(StashingMethod):
             self.attention,
         )
         chunks = sequence_chunks(x.shape[1], self.exchange.size, self.sequence_chunk)
-        return ChunkedLayer(whole, self.schedule, chunks, self.put_away_of(len(chunks.slices)))
+        return ChunkedLayer(x, whole, self.schedule, chunks, self.put_away_of(len(chunks.slices)))
 
     def put_away_of(self, chunks: int) -> PutAway:
         """Where chunks wait for one another: a single one waits for none and stays."""
@@ -112,13 +112,15 @@ class _FPDTLayer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         layer = fpdt.layer(x, weights, transform, head_dim, documents)
-        slices, wo = layer.chunks.slices, layer.whole.weights.wo
+        slices, wo, y = layer.chunks.slices, layer.whole.weights.wo, torch.empty_like(x)
         ctx.save_for_backward(x, *weights)
         ctx.fpdt, ctx.stash, ctx.transform, ctx.head_dim, ctx.documents = fpdt, stash, transform, head_dim, documents
         if stash.complete:  # the block's second run
-            return project_out(stash, fpdt.schedule, slices, x, wo)
+            for rows, part in project_out(stash, fpdt.schedule, slices, layer.whole.x, wo):
+                y[:, rows] = part
+                del part
+            return y
 
-        y = torch.empty_like(x)
         for i in range(len(slices)):
             # project and exchange: k, v, of which later chunks may need a copy, and q
             kv = layer.keys(i, keep=layer.is_seen_later(i))
@@ -139,7 +141,9 @@ class _FPDTLayer(torch.autograd.Function):
                 del o, lse
 
             # project out
-            y[:, layer.rows(i)] = project_out(outputs, fpdt.schedule, [layer.tile(i)], chunk.x, wo)
+            for rows, part in project_out(outputs, fpdt.schedule, [layer.tile(i)], chunk.x, wo):
+                y[:, layer.rows(i)][:, rows] = part
+                del part
             del outputs
         stash.settle()
         stash.complete = fill
@@ -152,23 +156,22 @@ class _FPDTLayer(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         fpdt: FPDT = ctx.fpdt
         layer = fpdt.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
-        collect = partial(LayerGradients, x, layer.whole.weights, ctx.head_dim, KeptOnDevice, others=())
+        whole = layer.whole
+        of_output, of_inputs = (LayerGradients(whole.x, whole.weights, ctx.head_dim, KeptOnDevice) for _ in range(2))
 
         # what attention's backward needs of each chunk, to where chunks wait
-        of_output = collect(summed=("wo",))
         for i in range(len(layer.chunks.slices)):
-            rows = layer.rows(i)
-            _keep_chunk(layer, i, ctx.stash, dy[:, rows], of_output.of_rows(rows))
+            _keep_chunk(layer, i, ctx.stash, DeviceRows(dy[:, layer.rows(i)]), of_output)
         d_weights = {"wo": of_output.weight("wo")}
 
-        inputs = ("wq", "wk", "wv", "q_norm", "k_norm")
-        of_inputs, dx = collect(summed=inputs), torch.empty_like(x)
+        dx = torch.empty_like(x)
         for j in range(len(layer.chunks.slices)):
             # attention, of all queries that see chunk j
             kv, dqs = layer.attend_backward(j)
 
             # exchange back, undo rope and norm; projections
-            chunk, total = layer.pair(j, j), of_inputs.of_rows(layer.rows(j))
+            chunk = layer.pair(j, j)
+            total = of_inputs.of_rows(chunk.x)
             for stage in layer.stages:
                 dq = chunk.to_sequence(stage, layer.tile(j), dqs.pop(0))  # [B, n, U, d]
                 total.add_queries(chunk, stage, dq)
@@ -177,17 +180,17 @@ class _FPDTLayer(torch.autograd.Function):
             dx[:, layer.rows(j)] = total.input()
             del total, kv
 
-        d_weights |= {name: of_inputs.weight(name) for name in inputs}
-        return None, None, None, None, None, None, dx, *(d_weights[name] for name in vars(layer.whole.weights))
+        d_weights |= {name: of_inputs.weight(name) for name in vars(whole.weights) if name != "wo"}
+        return None, None, None, None, None, None, dx, *(d_weights[name] for name in vars(whole.weights))
 
 
-def _keep_chunk(layer: ChunkedLayer, index: int, stash: Stash, dy: Tensor, total: LayerGradients) -> None:
+def _keep_chunk(layer: ChunkedLayer, index: int, stash: Stash, dy: Rows, total: LayerGradients) -> None:
     """Make, and put away, q, k, v, o, lse and do of a chunk; add its share of ``dWo``.
 
     Args:
         stash: has o and lse; where it has not, attention is computed again.
         dy: ``[B, n, D]``, of the chunk's tokens.
-        total: collects for these.
+        total: collects.
     """
     chunk, tile = layer.pair(index, index), layer.tile(index)
     kv = layer.keys(index, keep=True)
@@ -204,6 +207,6 @@ def _keep_chunk(layer: ChunkedLayer, index: int, stash: Stash, dy: Tensor, total
         else:
             o_tokens, lse = kept
             o = chunk.to_heads(stage, tile, o_tokens)  # [B, Sq, u, d]
-        total.add_output(stage.queries.distinct, o_tokens, dy)
+        total.add_output(stage.queries.distinct, o_tokens, dy, slice(*tile))
         del kept, o_tokens
         layer.keep_queries(index, s, qs.pop(0), chunk.output_gradient(stage, tile, dy), o, lse)

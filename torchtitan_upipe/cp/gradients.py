@@ -7,8 +7,9 @@ takes one matrix product over all of them. That is both the smallest and the mos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,74 +17,68 @@ from torch import Tensor
 
 from torchtitan_upipe.cp.head_schedule import HeadSchedule, Stage
 from torchtitan_upipe.cp.shards import runs
-from torchtitan_upipe.cp.stage import ALL_ROWS, KVBlock, StageLayer
+from torchtitan_upipe.cp.stage import KVBlock, StageLayer
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.stash.stash import Kept, PutAway, Stash, read_ahead
-from torchtitan_upipe.tiled.tiles import row_slices
+from torchtitan_upipe.tiled.rows import ALL_ROWS, Rows
+from torchtitan_upipe.tiled.tiles import add_weight_gradient
 
-ROWS = 8192  # tokens of one matrix product over all heads
 PROJECTIONS = ("wq", "wk", "wv")
-SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
 
 
-def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval], x: Tensor, wo: Tensor) -> Tensor:
-    """The layer's output ``y [B, N, D]``, like ``x``, from the stages' outputs in ``stash``; ``wo [D, H*d]``."""
-    y = torch.empty_like(x)
-    slices = [(t, start, rows) for t, (start, stop) in enumerate(tiles) for rows in row_slices(start, stop, ROWS)]
+def project_out(
+    stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval], x: Rows, wo: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """The layer's output from the stages' outputs in ``stash``: rows, and ``y [B, rows, D]`` for them.
+
+    Args:
+        stash: has ``o`` of every stage and tile.
+        schedule: the stages.
+        tiles: rows of each query tile.
+        x: the layer's input, for its shape, dtype and how many rows at a time.
+        wo: ``[D, H*d]``.
+    """
+    slices = [(t, start, rows) for t, (start, stop) in enumerate(tiles) for rows in x.small_parts(start, stop)]
     outputs = stash.outputs(
         ((s, t), slice(rows.start - start, rows.stop - start))
         for t, start, rows in slices
         for s in range(len(schedule.stages))
     )
-    for _, _, rows in slices:
-        heads = x.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
-        by_head = heads.unflatten(-1, (schedule.num_heads, -1))
+
+    def heads(rows: slice) -> Tensor:
+        joined = wo.new_empty(x.shape[0], rows.stop - rows.start, wo.shape[1])  # [B, rows, H*d]
+        by_head = joined.unflatten(-1, (schedule.num_heads, -1))
         for stage in schedule.stages:
             _put_heads(by_head, stage.queries.distinct, next(outputs))
-        y[:, rows] = F.linear(heads, wo)
-    return y
+        return joined
+
+    return ((rows, F.linear(heads(rows), wo)) for _, _, rows in slices)
 
 
 @dataclass
 class LayerGradients:
     """Gradients of ``x [B, N, D]`` and of the weights, collected stage by stage.
 
-    Rows of the weight gradients are written where they belong. The heads' gradients wait for ``dx`` where the stash has
-    put the stages' outputs: each takes the place that an output has left. Of the weights' gradients, those ``summed``
-    are kept in float32, and those of ``others`` in the weights' dtype.
+    The heads' gradients wait for one pass over all heads (:meth:`heads`, :meth:`project_back`) where the stash has put
+    the stages' outputs: each takes the place that an output has left. Gradients of weights are sums in float32, made
+    when the first share comes.
     """
 
-    x: Tensor
+    x: Rows
     weights: AttentionWeights
     head_dim: int
     put_away: PutAway
-    summed: Collection[str] = SUMMED
-    others: Collection[str] = PROJECTIONS
-    weight_grads: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
     _heads: list[tuple[str, tuple[int, ...], Kept]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for name, weight in vars(self.weights).items():
-            if weight is None or name in self.weight_grads:
-                continue
-            if name in self.summed:
-                self.weight_grads[name] = torch.zeros_like(weight, dtype=accumulate_dtype(weight.dtype))
-            elif name in self.others:
-                self.weight_grads[name] = torch.zeros_like(weight)
-
-    def of_rows(self, rows: slice) -> LayerGradients:
-        """Collects for the tokens ``rows`` alone, the weights' gradients in the same tensors."""
-        return replace(self, x=self.x[:, rows], _heads=[])
+    def of_rows(self, x: Rows) -> LayerGradients:
+        """Collects for the tokens ``x`` alone, the weights' gradients in the same sums."""
+        return replace(self, x=x, _heads=[])
 
     def add_projection(self, name: str, heads: tuple[int, ...], grad: Tensor) -> None:
         """``grad [B, N, n, d]`` of the projection ``name`` (``"wq"``, ``"wk"``, ``"wv"``) of ``heads``; it is kept."""
-        flat = grad.flatten(0, 1).flatten(1)  # [B*N, n*d]
-        d_rows = (flat.t() @ self.x.flatten(0, 1)).unflatten(0, (-1, self.head_dim))  # [n, d, D]
-        d_weight = self.weight_grads[name].unflatten(0, (-1, self.head_dim))  # [H, d, D], a view
-        for source, target in runs(heads):
-            d_weight[target] += d_rows[source]
         self.settle()
         self._heads.append((name, heads, self.put_away(grad)))
 
@@ -115,37 +110,74 @@ class LayerGradients:
         del dk, projected
         self.add_projection("wv", released, layer.release(stage, dvs))
 
-    def add_output(self, heads: Sequence[int], o: Tensor, dy: Tensor) -> None:
-        """Add to the columns of ``dWo`` of ``heads``, from ``o [B, n, h, d]`` and ``dy [B, n, D]`` of some tokens."""
-        d_columns = (dy.flatten(0, 1).t() @ o.flatten(0, 1).flatten(1)).unflatten(1, (-1, self.head_dim))
-        d_weight = self.weight_grads["wo"].unflatten(1, (-1, self.head_dim))  # [D, H, d], a view
-        for source, target in runs(heads):
-            d_weight[:, target] += d_columns[:, source]
+    def add_output(self, heads: Sequence[int], o: Tensor, dy: Rows, rows: slice) -> None:
+        """Add to the columns of ``dWo`` of ``heads``, from ``o [B, n, h, d]`` and ``dy[:, rows]``, ``[B, n, D]``."""
+        d_weight = self._sum("wo", self.weights.wo).unflatten(1, (-1, self.head_dim))  # [D, H, d], a view
+        parts = dy.parts(rows)
+        for at, d_part in zip(parts, dy.read(parts), strict=True):
+            o_part = o[:, at.start - parts[0].start : at.stop - parts[0].start]
+            d_columns = d_part.flatten(0, 1).t() @ o_part.flatten(0, 1).flatten(1)  # [D, h*d]
+            for source, target in runs(heads):
+                d_weight[:, target] += d_columns.unflatten(1, (-1, self.head_dim))[:, source]
 
     def add_norm(self, name: str, grad: Tensor | None) -> None:
         """``grad [d]`` of ``q_norm`` or ``k_norm``, or None where the model has none."""
         if grad is not None:
-            self.weight_grads[name] += grad
+            self._sum(name, grad).add_(grad)
+
+    def _sum(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(like, dtype=accumulate_dtype(like.dtype))
+        return self.sums[name]
 
     def weight(self, name: str) -> Tensor | None:
-        """The gradient of weight ``name`` in its dtype, which leaves, or None where the model has no such weight."""
-        grad = self.weight_grads.pop(name, None)
-        return None if grad is None else grad.to(getattr(self.weights, name).dtype)
+        """The gradient of weight ``name`` in its dtype, or None where the model has no such weight; call it once."""
+        weight: Tensor | None = getattr(self.weights, name)
+        if weight is None:
+            return None
+        if name not in PROJECTIONS:
+            return self.sums.pop(name).to(weight.dtype)
+        stacked = self.sums["projections"].split(self._sizes())
+        return stacked[PROJECTIONS.index(name)].to(weight.dtype)
 
-    def input(self) -> Tensor:
-        """``dx [B, N, D]``: one product over the query, key and value heads of all stages."""
-        weights = torch.cat([getattr(self.weights, name) for name in PROJECTIONS])  # [(H + 2*G)*d, D]
-        sizes = [getattr(self.weights, name).shape[0] for name in PROJECTIONS]
-        dx = torch.empty_like(self.x)
+    def heads(self, slices: Sequence[slice]) -> Iterator[Tensor]:
+        """Gradients of all stages' query, key and value heads, ``[B, rows, (H + 2*G)*d]``, of each of ``slices``."""
         self.settle()
-        slices = list(row_slices(0, self.x.shape[1], ROWS))
         grads = read_ahead((kept, rows) for rows in slices for _, _, kept in self._heads)
-        for rows in slices:
-            heads = self.x.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(sizes))
-            targets = dict(zip(PROJECTIONS, heads.split(sizes, dim=-1), strict=True))
+
+        def joined(rows: slice) -> Tensor:
+            heads = self.weights.wq.new_zeros(self.x.shape[0], rows.stop - rows.start, sum(self._sizes()))
+            targets = dict(zip(PROJECTIONS, heads.split(self._sizes(), dim=-1), strict=True))
             for name, placed, _ in self._heads:
                 _put_heads(targets[name].unflatten(-1, (-1, self.head_dim)), placed, next(grads), add=name != "wq")
-            dx[:, rows] = heads @ weights
+            return heads
+
+        return (joined(rows) for rows in slices)
+
+    def project_back(self, heads: Tensor, x: Tensor) -> Tensor:
+        """``dx`` of some tokens ``x [B, n, D]``, from what :meth:`heads` gives for them; adds to ``dWq, dWk, dWv``.
+
+        One product over all heads: what stages would each add to a running sum, it would round once a stage.
+        """
+        flat = heads.flatten(0, 1)  # [B*n, (H + 2*G)*d]
+        add_weight_gradient(self._sum("projections", self.stacked), flat, x.flatten(0, 1))
+        return (flat @ self.stacked).unflatten(0, heads.shape[:2])
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """``wq, wk, wv`` in one: ``[(H + 2*G)*d, D]``."""
+        return torch.cat([getattr(self.weights, name) for name in PROJECTIONS])
+
+    def _sizes(self) -> list[int]:
+        return [getattr(self.weights, name).shape[0] for name in PROJECTIONS]
+
+    def input(self) -> Tensor:
+        """``dx [B, N, D]`` on the device; adds to ``dWq, dWk, dWv``."""
+        dx = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        slices = self.x.small_parts(0, self.x.shape[1])
+        heads, xs = self.heads(slices), self.x.read(slices)
+        for rows in slices:
+            dx[:, rows] = self.project_back(next(heads), next(xs))
         return dx
 
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchtitan_upipe.kernels.contract import accumulate_dtype
-from torchtitan_upipe.tiled.tiles import row_slices
-
-ROWS = 8192  # tokens rotated at a time: what bounds the float32 temporaries
+from torchtitan_upipe.tiled.tiles import row_slices, slice_size
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,8 @@ class Rope:
     """Rotation of ``[B, n, h, d]`` by each token's position (RoFormer, arXiv 2104.09864).
 
     Angles are float64 products, rounded to the heads' working precision once reduced to one turn: a float32 product,
-    as a table holds it, is off by 0.1 to 0.3 rad around position 5,000,000. No more than ``ROWS`` tokens are in float32
-    at a time.
+    as a table holds it, is off by 0.1 to 0.3 rad around position 5,000,000. Only a slice of the
+    tokens is in float32 at a time.
 
     Attributes:
         frequencies: ``[d/2]``, float64: radians per position.
@@ -44,7 +42,7 @@ class Rope:
         Back is the inverse and, a rotation being orthogonal, also the transpose.
         """
         positions = self.positions[:, rows]
-        for at in row_slices(0, heads.shape[1], ROWS):
+        for at in row_slices(0, heads.shape[1], slice_size(heads.shape[1])):
             part = heads[:, at]
             wide = part.to(accumulate_dtype(part.dtype))
             angles = positions[:, at, None, None].double() * self.frequencies  # [B or 1, n, 1, d/2]

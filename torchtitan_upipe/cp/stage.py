@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from torchtitan_upipe.cp.shards import join_queries, runs, split_keys, split_que
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.contract import accumulate_dtype
 from torchtitan_upipe.kernels.visibility import Documents, Interval
-
-ALL_ROWS = slice(None)
+from torchtitan_upipe.tiled.rows import ALL_ROWS, Rows
 
 
 @dataclass
@@ -42,12 +42,12 @@ class KVBlock:
 class StageLayer:
     """One rank's attention layer, phase by phase.
 
-    ``x [B, N, D]`` are this rank's tokens, ``weights`` have the dtype of ``x``, ``head_dim`` is ``d``. A phase with a
-    ``tile`` works on these ``n`` of the tokens. A rank's ``Sq`` query rows are the tile of the whole sequence, or its
-    segment of that where ranks share a head.
+    ``x [B, N, D]`` are the rows of this rank's tokens, on the device or on the host; ``weights`` have their dtype,
+    ``head_dim`` is ``d``. A phase with a ``tile`` works on these ``n`` of the tokens. A rank's ``Sq`` query rows are
+    the tile of the whole sequence, or its segment of that where ranks share a head.
     """
 
-    x: Tensor
+    x: Rows
     weights: AttentionWeights
     transform: HeadTransform
     head_dim: int
@@ -56,9 +56,9 @@ class StageLayer:
     attention: SequenceAttention
 
     def project(self, weight: Tensor, placement: HeadPlacement, rows: slice = ALL_ROWS) -> Tensor:
-        """Project the placement's distinct heads: ``[B, n, h, d]`` in one matrix product."""
+        """Project the placement's distinct heads: ``[B, n, h, d]``, in one matrix product for each part of the rows."""
         weight_rows = head_rows(weight, placement.distinct, self.head_dim)
-        return F.linear(self.x[:, rows], weight_rows).unflatten(-1, (-1, self.head_dim))
+        return _by_parts(self.x, rows, lambda x: F.linear(x, weight_rows)).unflatten(-1, (-1, self.head_dim))
 
     def queries(self, stage: Stage, tile: Interval) -> tuple[Tensor, Tensor | None]:
         """Project, transform and exchange the stage's queries.
@@ -123,10 +123,11 @@ class StageLayer:
         )
         return join_queries(pieces, stage.queries, rows, rank)
 
-    def output_gradient(self, stage: Stage, tile: Interval, dy: Tensor) -> Tensor:
+    def output_gradient(self, stage: Stage, tile: Interval, dy: Rows) -> Tensor:
         """Gradient of the stage's outputs, exchanged: ``dy [B, N, D]`` to ``do [B, Sq, u, d]``."""
         columns = head_columns(self.weights.wo, stage.queries.distinct, self.head_dim)
-        return self.to_heads(stage, tile, (dy[:, slice(*tile)] @ columns).unflatten(-1, (-1, self.head_dim)))
+        do = _by_parts(dy, slice(*tile), lambda dy: dy @ columns)
+        return self.to_heads(stage, tile, do.unflatten(-1, (-1, self.head_dim)))
 
     def release(self, stage: Stage, leaving: list[Tensor]) -> Tensor:
         """Send ``dk`` (or ``dv``) of this rank's leaving blocks back to the tokens' owners.
@@ -140,7 +141,7 @@ class StageLayer:
         heads = [leaving.pop(0).to(self.x.dtype) for _ in range(len(leaving))]
         if not heads:  # other ranks release now, this one does not
             batch, tokens, _ = self.x.shape
-            heads = [self.x.new_empty(batch, tokens * self.exchange.size, 0, self.head_dim)]
+            heads = [self.weights.wk.new_empty(batch, tokens * self.exchange.size, 0, self.head_dim)]
         sent = heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
         return sum_copies(self.exchange.to_sequence(sent, stage.release.counts), stage.release)
 
@@ -154,6 +155,19 @@ class StageLayer:
     def _calls(self, stage: Stage, kv: dict[int, KVBlock]) -> Iterator[tuple[slice, slice, KVBlock]]:
         calls: tuple[KernelCall, ...] = stage.calls[self.exchange.rank]
         return ((slice(*call.queries), slice(*call.keys), kv[call.block]) for call in calls)
+
+
+def _by_parts(rows: Rows, wanted: slice, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """``product`` of the rows ``wanted``, ``[B, n, ...]``: of one part after the other."""
+    parts = rows.parts(wanted)
+    results = map(product, rows.read(parts))
+    if len(parts) == 1:
+        return next(results)
+    first = next(results)
+    joined = first.new_empty(first.shape[0], parts[-1].stop - parts[0].start, *first.shape[2:])
+    for at, result in zip(parts, chain([first], results), strict=True):
+        joined[:, at.start - parts[0].start : at.stop - parts[0].start] = result
+    return joined
 
 
 def head_rows(weight: Tensor, heads: Sequence[int], head_dim: int) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_upipe.cp.rope import ROWS, Rope
+from torchtitan_upipe.cp.rope import Rope
 from torchtitan_upipe.kernels.contract import accumulate_dtype
-from torchtitan_upipe.tiled.tiles import row_slices
+from torchtitan_upipe.tiled.tiles import row_slices, slice_size
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NormThenRope:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
         if norm_weight is not None:
             normed = torch.empty_like(heads)
-            for at in row_slices(0, heads.shape[1], ROWS):
+            for at in row_slices(0, heads.shape[1], slice_size(heads.shape[1])):
                 normed[:, at] = self._norm(heads[:, at], norm_weight)
             heads = normed
         return self.rope.rotate_(heads, rows)
@@ -49,7 +49,7 @@ class NormThenRope:
         wide = accumulate_dtype(norm_weight.dtype)  # the caller sums d_weight over stages
         weight = norm_weight.detach().to(wide).requires_grad_()
         d_weight = torch.zeros_like(weight)
-        for at in row_slices(0, grad.shape[1], ROWS):
+        for at in row_slices(0, grad.shape[1], slice_size(grad.shape[1])):
             with torch.enable_grad():
                 inputs = heads[:, at].detach().to(wide).requires_grad_(), weight
                 out = self._norm(*inputs)

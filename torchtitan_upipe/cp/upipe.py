@@ -7,7 +7,7 @@ through in tiles, against the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.stage import KVBlock, StageLayer
 from torchtitan_upipe.cp.stashing import StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
-from torchtitan_upipe.kernels.visibility import Documents
+from torchtitan_upipe.kernels.visibility import Documents, Interval
 from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.tiled.rows import DeviceRows, Rows
 
 
 class UPipe(StashingMethod):
@@ -66,7 +67,7 @@ class UPipe(StashingMethod):
 
     def layer(
         self,
-        x: Tensor,
+        x: Rows,
         weights: Sequence[Tensor | None],
         transform: HeadTransform,
         head_dim: int,
@@ -83,34 +84,15 @@ class UPipe(StashingMethod):
             self.attention,
         )
 
-
-class _UPipeLayer(torch.autograd.Function):
-    """Forward and backward of the stage loop. The tensors after ``x`` are the fields of ``AttentionWeights``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        upipe: UPipe,
-        stash: Stash,
-        fill: bool,
-        transform: HeadTransform,
-        head_dim: int,
-        documents: Documents | None,
-        x: Tensor,
-        *weights: Tensor | None,
-    ) -> Tensor:
-        layer = upipe.layer(x, weights, transform, head_dim, documents)
-        tiles = query_tiles(x.shape[1], upipe.tiles)
-        outputs = stash if fill else Stash()
+    def attend(self, layer: StageLayer, outputs: Stash) -> None:
+        """The stages' forward pass: every stage's ``o, lse`` to ``outputs``."""
         kv: dict[int, KVBlock] = {}
-
-        stages = () if outputs.complete else upipe.schedule.stages  # complete: the block's second run
-        for index, stage in enumerate(stages):
+        for index, stage in enumerate(self.schedule.stages):
             # project and exchange: k, v of a new KV set
             if any(stage.fetch.counts):
                 kv[index] = layer.fetch_kv(stage)
 
-            for t, tile in enumerate(tiles):
+            for t, tile in enumerate(self.query_tiles(layer)):
                 # project and exchange: q
                 q = layer.queries(stage, tile)[0]  # [B, Sq, u, d]
 
@@ -123,29 +105,25 @@ class _UPipeLayer(torch.autograd.Function):
                 outputs.put((index, t), o, lse)
                 del o, lse
 
-            for block in stage.leave[upipe.exchange.rank]:
+            for block in stage.leave[self.exchange.rank]:
                 del kv[block]
         outputs.settle()
         outputs.complete = True
 
-        ctx.save_for_backward(x, *weights)
-        ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim, ctx.documents = upipe, stash, transform, head_dim, documents
-        # project out: all stages' heads
-        return project_out(outputs, upipe.schedule, tiles, x, layer.weights.wo)  # [B, N, D]
+    def project_out(self, layer: StageLayer, outputs: Stash) -> Iterator[tuple[slice, Tensor]]:
+        """All stages' heads to the layer's output: rows, and ``y [B, rows, D]`` for them."""
+        return project_out(outputs, self.schedule, self.query_tiles(layer), layer.x, layer.weights.wo)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        x, *weights = ctx.saved_tensors
-        upipe: UPipe = ctx.upipe
-        stash: Stash = ctx.stash
-        layer = upipe.layer(x, weights, ctx.transform, ctx.head_dim, ctx.documents)
-        tiles = query_tiles(x.shape[1], upipe.tiles)
-        total = LayerGradients(x, layer.weights, ctx.head_dim, stash.put_away)
+    def attend_backward(self, layer: StageLayer, stash: Stash, dy: Rows, total: LayerGradients) -> None:
+        """The stages' backward pass, from ``dy [B, N, D]``: gradients of all heads to ``total``.
+
+        Args:
+            stash: is emptied; what it has not is computed again.
+        """
+        tiles = self.query_tiles(layer)
         kv: dict[int, KVBlock] = {}
 
-        for index, stage in enumerate(upipe.schedule.stages):
+        for index, stage in enumerate(self.schedule.stages):
             heads = stage.queries.distinct
 
             # k, v of a new KV set, again
@@ -167,7 +145,7 @@ class _UPipeLayer(torch.autograd.Function):
                     o_tokens = layer.to_sequence(stage, tile, o)
 
                 # output projection
-                total.add_output(heads, o_tokens, dy[:, rows])
+                total.add_output(heads, o_tokens, dy, rows)
                 del stashed, o_tokens
                 do = layer.output_gradient(stage, tile, dy)  # [B, Sq, u, d]
 
@@ -187,14 +165,53 @@ class _UPipeLayer(torch.autograd.Function):
                 parts.append(dq)
                 del dq, projected
 
-            # query projection
+            # gradients of the queries' heads
             dq = parts.pop() if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, N, U, d]
             parts.clear()
             total.add_projection("wq", heads, dq)
             del dq
 
-            # key and value projections, at the end of a KV set, one at a time
+            # of the keys' and values', at the end of a KV set, one at a time
             total.add_keys(layer, stage, kv)
 
+    def query_tiles(self, layer: StageLayer) -> list[Interval]:
+        """The slices of ``layer``'s queries in each stage."""
+        return query_tiles(layer.x.shape[1], self.tiles)
+
+
+class _UPipeLayer(torch.autograd.Function):
+    """The layer of tokens on the device. The tensors after ``x`` are the fields of ``AttentionWeights``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        upipe: UPipe,
+        stash: Stash,
+        fill: bool,
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None,
+        x: Tensor,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        layer = upipe.layer(DeviceRows(x), weights, transform, head_dim, documents)
+        outputs = stash if fill else Stash()
+        if not outputs.complete:  # else the block's second run
+            upipe.attend(layer, outputs)
+        ctx.save_for_backward(x, *weights)
+        ctx.upipe, ctx.stash, ctx.transform, ctx.head_dim, ctx.documents = upipe, stash, transform, head_dim, documents
+        y = torch.empty_like(x)
+        for rows, part in upipe.project_out(layer, outputs):
+            y[:, rows] = part
+            del part
+        return y  # [B, N, D]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        layer = ctx.upipe.layer(DeviceRows(x), weights, ctx.transform, ctx.head_dim, ctx.documents)
+        total = LayerGradients(layer.x, layer.weights, ctx.head_dim, ctx.stash.put_away)
+        ctx.upipe.attend_backward(layer, ctx.stash, DeviceRows(grads[0]), total)
         dx = total.input()
         return None, None, None, None, None, None, dx, *(total.weight(name) for name in vars(layer.weights))

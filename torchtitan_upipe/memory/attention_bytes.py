@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torchtitan_upipe.cp.gradients import ROWS
 from torchtitan_upipe.cp.head_schedule import HeadPlacement, HeadSchedule, Stage
 from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.shards import runs
@@ -17,6 +16,7 @@ from torchtitan_upipe.kernels.visibility import Interval
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.kernel_bytes import AttentionBytes
 from torchtitan_upipe.memory.projection_bytes import attention_weights, transform_in_slices
+from torchtitan_upipe.tiled.tiles import slice_size
 
 
 @dataclass
@@ -104,7 +104,8 @@ class UPipeBytes:
             ``dx`` and the whole weights' gradients.
         """
         account, job = self.account, self.job
-        *weights, d_wo = [account.hold(size, "gradients") for size in attention_weights(job, wide_output=True)]
+        wide = [size * job.wide / job.element for size in attention_weights(job)]
+        d_wo = account.hold(wide[3], "gradients")
         stashed = list(zip(kept[::2], kept[1::2], strict=True))
         fetched: tuple[Block, ...] = ()  # ahead, from the host
         heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
@@ -157,24 +158,25 @@ class UPipeBytes:
                 self._transform_in_slices(self._tokens(stage.queries, tile), norm=job.model.qk_norm)
                 account.free(*projected)
 
-            # query projection
+            # gradients of the queries' heads
             if len(parts) > 1:
                 joined = account.hold(self._tokens(stage.queries))
                 account.free(*parts)
                 parts = [joined]
-            account.brief(self._cut(stage.queries, copied=True))
             wait_for_dx(parts[0])
 
-            # key and value projections, at the end of a KV set, one at a time
+            # of the keys' and values', at the end of a KV set, one at a time
             self.add_keys(stage, kv, wait_for_dx)
 
         stacked = account.hold(sum(attention_weights(job)[:3]))
         dx = account.hold(job.hidden)
         settle()
+        sums = [account.hold(size, "gradients") for size in wide[:3]]
         self.product_in_slices(self.all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
-        rounded = account.hold(attention_weights(job)[3], "gradients")
-        account.free(stacked, d_wo, *heads)
-        return dx, [*weights, rounded]
+        narrow = job.element < job.wide
+        weights = [account.hold(size, "gradients") for size in attention_weights(job)] if narrow else [*sums, d_wo]
+        account.free(stacked, *heads, *([*sums, d_wo] if narrow else []))
+        return dx, weights
 
     # --- phases -------------------------------------------------------------------------------------------------------
 
@@ -266,15 +268,14 @@ class UPipeBytes:
         return do
 
     def add_queries(self, stage: Stage) -> None:
-        """RoPE and norm of ``dq`` undone, rows of ``dWq``; the projection is made again for a norm."""
+        """RoPE and norm of ``dq`` undone; the projection is made again for a norm."""
         norm = self.job.model.qk_norm
         projected = [self.project(stage.queries)] if norm else []
         self._transform_in_slices(self._tokens(stage.queries), norm)
-        self.account.brief(self._cut(stage.queries, copied=True))
         self.account.free(*projected)
 
     def add_keys(self, stage: Stage, kv: dict[int, KVBytes], wait_for_dx: Callable[[Block], None]) -> None:
-        """``dk``, then ``dv`` of the KV set that ends, and rows of ``dWk`` and ``dWv``."""
+        """``dk``, then ``dv`` of the KV set that ends."""
         if not any(stage.release.counts):
             return
         account, norm = self.account, self.job.model.qk_norm
@@ -286,7 +287,6 @@ class UPipeBytes:
             projected = [self.project(stage.release)] if which == 0 and norm else []
             if which == 0:
                 self._transform_in_slices(self._tokens(stage.release), norm)
-            account.brief(self._cut(stage.release, copied=True))
             wait_for_dx(grad)
             account.free(*projected)
 
@@ -322,13 +322,12 @@ class UPipeBytes:
     # --- sizes --------------------------------------------------------------------------------------------------------
 
     def product_in_slices(self, heads: int, rows: int, from_host: HeadPlacement | None) -> None:
-        """A product over all heads of ``rows``, some at a time; the slice before goes when the next one is there."""
-        rows = min(ROWS, rows)
-        slices = 2 if self.job.tokens > rows else 1
-        fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), rows)
-        product = self.job.batch * rows * self.job.model.dim * self.job.element
-        ahead = fetched * (slices - 1)  # of the next slice, beside the product
-        self.account.brief(slices * self.job.heads(heads, rows), max(2 * fetched, ahead + product))
+        """A product over all heads of ``rows``, a slice at a time."""
+        size = slice_size(rows)
+        fetched = 0 if from_host is None else self.job.heads(len(from_host.distinct), size)
+        product = self.job.batch * size * self.job.model.dim * self.job.element
+        ahead = fetched if self.job.tokens > size else 0  # of the next slice, beside the product
+        self.account.brief(self.job.heads(heads, size), max(2 * fetched, ahead + product))
 
     def query_rows(self, stage: Stage, tile: Interval) -> int:
         """Query rows of this rank."""

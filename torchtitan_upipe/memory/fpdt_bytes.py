@@ -64,9 +64,7 @@ class FPDTBytes:
                     account.free(*newest)
                     newest = []
                     outputs += [account.hold(block.size, "saved", host=True) for block in (o, lse)]
-            part = account.hold(own.job.hidden)
             own.product_in_slices(job.model.heads, tile[1], None)
-            account.free(part)
             if stash == "device":
                 outputs += chunk
             elif stash == "host":  # of the last stage they stay until the next ones are put
@@ -96,9 +94,10 @@ class FPDTBytes:
         if self.count > 1:
             self._settle()
         weights = [self._rounded(d_wo)]
-        sums, dx = [account.hold(size, "gradients") for size in of_inputs], account.hold(job.hidden)
+        dx, sums = account.hold(job.hidden), list[Block]()
         for index in sorted(self.walked):
             kv, dqs = self._attend_backward(index, kv)
+            sums = sums or [account.hold(size, "gradients") for size in of_inputs]
             self._project_back(index, kv, dqs)
         return dx, [*weights, *map(self._rounded, sums)]
 

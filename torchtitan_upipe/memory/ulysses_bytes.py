@@ -32,7 +32,10 @@ class UlyssesBytes:
         q, of_q = self._project(self.queries, transform=True)
         k, of_k = self._project(self.keys, transform=True)
         v, _ = self._project(self.keys, transform=False)
-        kept += of_q + of_k
+        if keep:
+            kept += of_q + of_k
+        else:
+            account.free(*of_q, *of_k)
 
         outs = []
         for stage in self.stages:

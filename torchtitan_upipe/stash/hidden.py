@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_upipe.stash.host_pool import Arriving, HostPool
+from torchtitan_upipe.stash.host_pool import ALL_ROWS, Arriving, HostPool
 
 IN_FLIGHT = 2  # tiles on their way to the host, and on their way from it
 
@@ -25,8 +25,11 @@ class HostRows:
         shape, dtype, device: of the tensor, if it were on the device.
     """
 
-    def __init__(self, pool: HostPool, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, pool: HostPool, tile_size: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self._tile_size = tile_size
         self._pool = pool
         self._transfers = pool.transfers(device)
         self._buffer = pool.acquire(shape.numel() * dtype.itemsize, device)
@@ -42,6 +45,15 @@ class HostRows:
                 yield coming.popleft().get()
         while coming:
             yield coming.popleft().get()
+
+    def parts(self, rows: slice = ALL_ROWS) -> list[slice]:
+        """``rows`` in slices that the device may have at once."""
+        return self.small_parts(*rows.indices(self.shape[1])[:2])
+
+    def small_parts(self, start: int, stop: int) -> list[slice]:
+        """Rows ``[start, stop)`` in such slices."""
+        step = max(self._tile_size // self.shape[0], 1)  # a tile's rows are those of all sequences
+        return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Put ``values [B, n, D]`` in the place of ``[:, rows]``; they stay on the device until they have left."""
@@ -71,17 +83,22 @@ class HiddenStates:
     A handle is a tensor of their shape, dtype and device that holds a single number, which is not one: whoever computes
     with it finds out. That it is on the device keeps autograd's order between a block's weights, its input and FSDP's
     hooks, which know one queue a device. The rows live as long as their handle.
+
+    Args:
+        pool: of host buffers.
+        tile_size: rows ``[tile_size, D]`` that the device has at once.
     """
 
-    def __init__(self, pool: HostPool) -> None:
+    def __init__(self, pool: HostPool, tile_size: int) -> None:
         self._pool = pool
+        self._tile_size = tile_size
         self._rows: dict[int, HostRows] = {}  # by the identity of the handle's storage
 
     def new(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The handle of new rows, whose numbers are yet to be written."""
         handle = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
         storage = handle.untyped_storage()
-        self._rows[storage._cdata] = HostRows(self._pool, shape, dtype, device)
+        self._rows[storage._cdata] = HostRows(self._pool, self._tile_size, shape, dtype, device)
         weakref.finalize(storage, self._rows.pop, storage._cdata).atexit = False
         return handle
 

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+ROWS = 8192  # of a slice at most: what bounds temporaries where a shard is long
+SLICES = 8  # at least: what bounds them where it is short
+FEWEST = 64  # rows of a slice; fewer cost more time than they save memory
+
+
+def slice_size(rows: int) -> int:
+    """Rows of one slice of ``rows`` that are worked through slice by slice."""
+    return min(ROWS, max(FEWEST, -(-rows // SLICES)))
+
 
 def row_slices(start: int, stop: int, size: int) -> Iterator[slice]:
     """Rows ``[start, stop)`` in slices of ``size``, the last maybe shorter."""
