@@ -1,4 +1,4 @@
-"""Measure what docs/memory.md states: ``python -m tests.measure_memory docs/memory.md`` (about 12 minutes)."""
+"""Measure what docs/memory.md states: ``python -m tests.measure_memory docs/memory.md`` (about 16 minutes)."""
 
 from __future__ import annotations
 
