@@ -69,6 +69,14 @@ class ContextParallel:
     tensors stay small beside the hidden states, and the matrix products large.
     """
 
+    hidden_states: Literal["device", "host"] = "device"
+    """
+    Where whole hidden states and their gradients are. "host": in host memory (pinned on CUDA), of which blocks, the
+    embedding and the loss read and write tiles of tile_size rows; on the device are weights, keys and values of one KV
+    set and tiles. For "upipe", "ulysses" and "ring", with mode = "full" of activation checkpointing, whose block inputs
+    are there already, and stash = "host" or "none".
+    """
+
 
 @dataclass
 class Parallelism(titan.Parallelism):

@@ -28,6 +28,7 @@ def build_method(
     query_tiles: int = 1,
     put_away: PutAway = KeptOnDevice,
     sequence_chunk: int = 0,
+    staged: bool = False,
     ulysses_group: dist.ProcessGroup | None,
     ring_group: dist.ProcessGroup | None,
     kernel: AttentionKernel,
@@ -45,6 +46,8 @@ def build_method(
         query_tiles: slices of the queries in each stage. UPipe only.
         put_away: where sequence chunks wait for one another. FPDT only.
         sequence_chunk: tokens of a chunk of the whole sequence, a multiple of the ranks; 0 is all. FPDT only.
+        staged: let ``"ulysses"`` and ``"ring"`` walk through the stage loop, too, all heads in one stage: it has a
+            stash, and what :class:`~torchtitan_upipe.cp.host_block.HostBlock` needs.
         ulysses_group: the group of the all-to-alls, or None for one rank.
         ring_group: the group of the ring, or None for one rank.
 
@@ -56,9 +59,9 @@ def build_method(
     if ring_group is not None:
         attention = RingAttention(RingExchange(ring_group), kernel)
     match method:
-        case "ulysses" | "ring":
+        case "ulysses" | "ring" if not staged:
             return Ulysses(num_heads, num_kv_heads, exchange, attention)
-        case "upipe":
+        case "upipe" | "ulysses" | "ring":
             schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, head_chunk or num_heads)
             return UPipe(schedule, exchange, attention, new_stash, query_tiles)
         case "fpdt":

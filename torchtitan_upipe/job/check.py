@@ -36,6 +36,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_offload(config, world_size)
+    _check_hidden_states(config, world_size)
     _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
@@ -206,6 +207,30 @@ def _check_offload(config: JobConfig, world_size: int) -> None:
             f'{checkpointing.mode!r} does not checkpoint every block; set activation_checkpoint.mode = "full" '
             "or remove offload."
         )
+
+
+def _check_hidden_states(config: JobConfig, world_size: int) -> None:
+    cp, checkpointing, training = config.context_parallel, config.activation_checkpoint, config.training
+    if cp.hidden_states == "device":
+        return
+    fsdp = training.enable_cpu_offload or world_size > config.parallelism.data_parallel_replicate_degree
+    needs = {
+        f'method = "{cp.method}"': (cp.method in ("fpdt", "torchtitan"), 'use "upipe", "ulysses" or "ring"'),
+        "tile_size = 0": (cp.tile_size == 0, "set the rows that the device has at once, e.g. tile_size = 8192"),
+        'stash = "device"': (cp.stash == "device", 'set stash = "host" or "none"'),
+        f"activation_checkpoint.mode = {checkpointing.mode!r}": (
+            checkpointing.mode != "full",
+            'set it to "full": a block keeps its input and its stash alone',
+        ),
+        "activation_checkpoint.offload = true": (checkpointing.offload, "remove it: block inputs are there already"),
+        f"training.mixed_precision_param = {training.mixed_precision_param!r} without FSDP2": (
+            not fsdp and training.mixed_precision_param != training.dtype,
+            "set training.enable_cpu_offload = true, or both dtypes alike",
+        ),
+    }
+    for what, (wrong, remedy) in needs.items():
+        if wrong:
+            raise ValueError(f'context_parallel.hidden_states = "host" does not go with {what}; {remedy}.')
 
 
 def _check_seed_checkpoint(config: JobConfig, world_size: int) -> None:

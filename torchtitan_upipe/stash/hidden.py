@@ -96,7 +96,8 @@ class HiddenStates:
 
     def new(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The handle of new rows, whose numbers are yet to be written."""
-        handle = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+        handle = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)  # no view: FSDP2 would warn
+        handle.as_strided((), ()).fill_(torch.nan)
         storage = handle.untyped_storage()
         self._rows[storage._cdata] = HostRows(self._pool, self._tile_size, shape, dtype, device)
         weakref.finalize(storage, self._rows.pop, storage._cdata).atexit = False

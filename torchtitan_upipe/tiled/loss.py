@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,44 +58,75 @@ class _TiledCrossEntropy(torch.autograd.Function):
         norm_weight: Tensor,
         output_weight: Tensor,
     ) -> Tensor:
-        wide = torch.promote_types(output_weight.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=h.device)
-        if with_gradients:
-            dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-            dh_tiles = tiles(dh, tile_size)
-            d_norm, d_output = zeros_to_sum(norm_weight), zeros_to_sum(output_weight)
-
-        labels_tiles = labels.flatten().split(tile_size)
-        for i, (h_tile, labels_tile) in enumerate(zip(tiles(h, tile_size), labels_tiles, strict=True)):
-            n = F.rms_norm(h_tile, norm_weight.shape, norm_weight, eps).to(output_weight.dtype)
-            # widened first, so that the narrow logits are gone: dtype=wide widens bfloat16 no later and holds them
-            log_p = F.log_softmax(F.linear(n, output_weight).to(wide), dim=-1)  # [tile_size, V]
-            loss += F.nll_loss(log_p, labels_tile, reduction="sum", ignore_index=IGNORE_INDEX)
-            if not with_gradients:
-                del log_p  # else it would wait for the next tile's
-                continue
-            d_logits = _gradient_of_logits(log_p, labels_tile).to(n.dtype)
-            del log_p
-            add_weight_gradient(d_output, d_logits, n)
-            dh_wide, d_norm_tile = rms_norm_backward(d_logits @ output_weight, h_tile, norm_weight, eps)
-            dh_tiles[i].copy_(dh_wide)
-            d_norm += d_norm_tile
-            del d_logits, dh_wide
+        head = CrossEntropy(eps, norm_weight, output_weight)
+        loss, sums = head.no_loss(), head.new_sums() if with_gradients else ()
+        dh = torch.empty_like(h, memory_format=torch.contiguous_format) if with_gradients else h
+        parts = (tiles(h, tile_size), labels.flatten().split(tile_size), tiles(dh, tile_size))
+        for h_tile, labels_tile, dh_tile in zip(*parts, strict=True):
+            loss += head.forward(h_tile, labels_tile, sums, out=dh_tile)
 
         if with_gradients:
-            ctx.save_for_backward(dh, d_norm, d_output)
+            ctx.save_for_backward(dh, *sums)
             ctx.dtypes, ctx.tile_size = (norm_weight.dtype, output_weight.dtype), tile_size
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dh, d_norm, d_output = ctx.saved_tensors
+        dh, *sums = ctx.saved_tensors
         scale = grads[0]
         for tile in tiles(dh, ctx.tile_size):
-            tile.copy_(tile.to(scale.dtype) * scale)  # mul_ would round the scale to the dtype of dh first
-        norm_dtype, output_dtype = ctx.dtypes
-        return None, None, None, dh, None, d_norm.mul_(scale).to(norm_dtype), d_output.mul_(scale).to(output_dtype)
+            tile.copy_(scaled(tile, scale))
+        d_weights = (total.mul_(scale).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True))
+        return None, None, None, dh, None, *d_weights
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """A tile of final norm, logits and cross entropy; see :func:`tiled_cross_entropy`."""
+
+    eps: float
+    norm_weight: Tensor
+    output_weight: Tensor
+
+    def no_loss(self) -> Tensor:
+        """The sum over no tiles."""
+        return torch.zeros((), dtype=self._wide, device=self.output_weight.device)
+
+    def new_sums(self) -> tuple[Tensor, ...]:
+        """Where :meth:`forward` sums the gradients of the weights, in their order."""
+        return zeros_to_sum(self.norm_weight), zeros_to_sum(self.output_weight)
+
+    def forward(self, h: Tensor, labels: Tensor, sums: Sequence[Tensor], out: Tensor) -> Tensor:
+        """The loss of a tile ``h [n, D]``, ``labels [n]``.
+
+        Args:
+            sums: of :meth:`new_sums`, to be added to; none where no gradients are wanted.
+            out: ``[n, D]`` for the gradient of ``h``, if they are.
+        """
+        n = F.rms_norm(h, self.norm_weight.shape, self.norm_weight, self.eps).to(self.output_weight.dtype)
+        # widened first, so that the narrow logits are gone: dtype=wide widens bfloat16 no later and holds them
+        log_p = F.log_softmax(F.linear(n, self.output_weight).to(self._wide), dim=-1)  # [n, V]
+        loss = F.nll_loss(log_p, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        if not sums:
+            return loss
+        d_norm, d_output = sums
+        d_logits = _gradient_of_logits(log_p, labels).to(n.dtype)
+        del log_p
+        add_weight_gradient(d_output, d_logits, n)
+        dh, d_norm_tile = rms_norm_backward(d_logits @ self.output_weight, h, self.norm_weight, self.eps)
+        out.copy_(dh)
+        d_norm += d_norm_tile
+        return loss
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.output_weight.dtype, torch.float32)
+
+
+def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """``gradient * scale`` for a float32 scalar; ``mul_`` would round the scale to the dtype of the gradient first."""
+    return (gradient.to(scale.dtype) * scale).to(gradient.dtype)
 
 
 def _gradient_of_logits(log_p: Tensor, labels: Tensor) -> Tensor:

@@ -67,6 +67,22 @@ class ContextParallelAttention(nn.Module):
             ``y [B, N, D]``.
 
         Raises:
+            ValueError: see :meth:`prepare`.
+        """
+        weights, transform, documents = self.prepare(x, attention_masks, positions)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):  # one device or plain data parallel in mixed precision
+            dtype = torch.get_autocast_dtype(device_type)
+            x, weights = x.to(dtype), weights.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return self.method(x, weights, transform, self.head_dim, documents)
+
+    def prepare(
+        self, x: Tensor, attention_masks: object | None, positions: Tensor | None
+    ) -> tuple[AttentionWeights, NormThenRope, Documents | None]:
+        """What a method needs beside ``x [B, N, D]``, from what the model hands to :meth:`forward`.
+
+        Raises:
             ValueError: another kind of mask was given, or none where the job packs documents.
         """
         documents = attention_masks if isinstance(attention_masks, Documents) else None
@@ -90,13 +106,8 @@ class ContextParallelAttention(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):  # one device or plain data parallel in mixed precision
-            dtype = torch.get_autocast_dtype(device_type)
-            x, weights = x.to(dtype), weights.to(dtype)
         transform = NormThenRope(
             Rope(self._frequencies.to(x.device), positions.long(), self._rope.interleaved),
             norm_eps=0.0 if self.q_norm is None else float(self.q_norm.eps or 0.0),
         )
-        with torch.autocast(device_type, enabled=False):
-            return self.method(x, weights, transform, self.head_dim, documents)
+        return weights, transform, documents

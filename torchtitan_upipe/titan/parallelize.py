@@ -31,11 +31,13 @@ from torchtitan_upipe.job.check import validate_job
 from torchtitan_upipe.job.shape import job_shape
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.memory.planner import fill_head_chunk
+from torchtitan_upipe.stash.hidden import HiddenStates
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.offload import BlockOffload, OffloadedBlock
 from torchtitan_upipe.stash.stash import Stash
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.dims import AttachedDims, TrainerDims
+from torchtitan_upipe.titan.hidden import hide_states
 from torchtitan_upipe.titan.rope import RopeOfModel
 from torchtitan_upipe.titan.tiled import tile_model
 
@@ -73,7 +75,9 @@ class Parallelize:
         if cp.method != "torchtitan":
             dims = AttachedDims(parallel_dims)
             self._attach(model, parallel_dims, job_config, pool)
-        if cp.tile_size:
+        if cp.hidden_states == "host":
+            job_config = _hide_states(model, job_config, parallel_dims.world_size, pool)
+        elif cp.tile_size:
             tile_model(model, cp.tile_size)
             logger.info(f"Norm, feed-forward and loss work in tiles of {cp.tile_size} rows")
         if job_config.activation_checkpoint.mode == "full":
@@ -103,6 +107,7 @@ class Parallelize:
                 query_tiles=cp.query_tiles,
                 put_away=pool.put,
                 sequence_chunk=chunk_of(cp.method, parallel_dims.cp, cp.sequence_chunk),
+                staged=cp.hidden_states == "host",
                 ulysses_group=ulysses_group,
                 ring_group=ring_group,
                 kernel=kernel,
@@ -190,6 +195,25 @@ def _stashes(job_config: JobConfig, world_size: int, pool: HostPool) -> list[New
     return [makers[job.stash_of(layer)] for layer in range(job.model.layers)]
 
 
+def _hide_states(model: nn.Module, job_config: JobConfig, world_size: int, pool: HostPool) -> JobConfig:
+    """Hidden states in host memory, from embedding to loss.
+
+    Returns:
+        The job for TorchTitan's parallelize function, which must not checkpoint: a block keeps its input and its stash.
+    """
+    tile_size = job_config.context_parallel.tile_size
+    keeps = [new_stash is not None for new_stash in _stashes(job_config, world_size, pool)]
+    hide_states(model, HiddenStates(pool, tile_size), partial(Stash, pool.put), keeps, tile_size)
+    logger.info(f"Hidden states are in host memory; the device works on tiles of {tile_size} rows")
+    return _not_checkpointed(job_config)
+
+
+def _not_checkpointed(job_config: JobConfig) -> JobConfig:
+    job_config = copy.deepcopy(job_config)
+    job_config.activation_checkpoint.mode = "none"
+    return job_config
+
+
 def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) -> JobConfig:
     """Full activation checkpointing with one stash for both runs of a block, and block inputs on the host if asked.
 
@@ -215,9 +239,7 @@ def _checkpoint_blocks(model: nn.Module, job_config: JobConfig, pool: HostPool) 
     logger.info(
         "Applied full activation checkpointing to the model" + (", block inputs in host memory" if offload else "")
     )
-    job_config = copy.deepcopy(job_config)
-    job_config.activation_checkpoint.mode = "none"
-    return job_config
+    return _not_checkpointed(job_config)
 
 
 @contextmanager

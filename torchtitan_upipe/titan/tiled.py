@@ -59,14 +59,18 @@ class TiledBlock(nn.Module):
 
     def __init__(self, block: nn.Module, tile_size: int) -> None:
         super().__init__()
+        self.tile_size = tile_size
+        self.take_over(block)
+
+    def take_over(self, block: nn.Module) -> None:
+        """Take the children of ``block``, and what TorchTitan asks of it."""
         self.attention: nn.Module = block.attention  # type: ignore[assignment]
         self.feed_forward: Any = block.feed_forward
         self.attention_norm: nn.RMSNorm = block.attention_norm  # type: ignore[assignment]
         self.ffn_norm: nn.RMSNorm = block.ffn_norm  # type: ignore[assignment]
-        self.tile_size = tile_size
-        self.moe_enabled = False  # TorchTitan asks
+        self.moe_enabled = False
         self.weight_init_std = block.weight_init_std
-        self._titan_class: Any = type(block)
+        self._titan_class: Any = getattr(block, "_titan_class", type(block))
 
     def init_weights(self, *args: Any) -> None:
         """TorchTitan's own initialisation of this block."""
@@ -81,12 +85,12 @@ class TiledBlock(nn.Module):
             h,
             self.ffn_norm.weight,
             *(_as_in_products(linear.weight) for linear in self._linears()),
-            eps=_epsilon(self.ffn_norm),
+            eps=epsilon(self.ffn_norm),
             tile_size=self.tile_size,
         )
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return tiled_rms_norm(x, self.attention_norm.weight, _epsilon(self.attention_norm), self.tile_size)
+        return tiled_rms_norm(x, self.attention_norm.weight, epsilon(self.attention_norm), self.tile_size)
 
     def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.feed_forward.w1, self.feed_forward.w2, self.feed_forward.w3
@@ -112,7 +116,7 @@ class HandedOnNorm(nn.RMSNorm):
 
     def forward(self, h: Tensor) -> Unnormalised:  # type: ignore[override]
         """Compute nothing."""
-        return Unnormalised(h, self.weight, _epsilon(self))
+        return Unnormalised(h, self.weight, epsilon(self))
 
 
 class TiledOutput(nn.Linear):
@@ -146,16 +150,28 @@ class TiledOutput(nn.Linear):
         Raises:
             ValueError: training without labels, which would make all logits at once.
         """
-        h, norm_weight, eps = hidden
         if self._labels is None:
             if self.training and torch.is_grad_enabled():
                 raise ValueError(
                     f"context_parallel.tile_size asks for a loss in tiles ({self.tile_size} rows each), but the "
                     "trainer gave the model no labels; start the job with `torchrun -m torchtitan_upipe.train`."
                 )
-            return F.linear(F.rms_norm(h, norm_weight.shape, norm_weight, eps), self.weight)
+            return self.logits(hidden)
+        return self.loss(hidden, self._labels)
+
+    def logits(self, state: Unnormalised) -> Tensor:
+        """All logits ``[B, N, V]``."""
+        return F.linear(F.rms_norm(state.h, state.norm_weight.shape, state.norm_weight, state.eps), self.weight)
+
+    def loss(self, state: Unnormalised, labels: Tensor) -> Tensor:
+        """The loss summed over ``labels [B, N]``, in tiles."""
         return tiled_cross_entropy(
-            h, self._labels, norm_weight, _as_in_products(self.weight), eps=eps, tile_size=self.tile_size
+            state.h,
+            labels,
+            state.norm_weight,
+            _as_in_products(self.weight),
+            eps=state.eps,
+            tile_size=self.tile_size,
         )
 
 
@@ -165,7 +181,12 @@ def _as_in_products(weight: Tensor) -> Tensor:
     return weight.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else weight
 
 
-def _epsilon(norm: nn.RMSNorm) -> float:
+def epsilon(norm: nn.RMSNorm) -> float:
+    """The norm's own.
+
+    Raises:
+        ValueError: it is left to torch.
+    """
     if norm.eps is None:
         raise ValueError("a tiled norm needs its epsilon named; set eps of the model's RMSNorm.")
     return norm.eps
