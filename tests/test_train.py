@@ -40,6 +40,11 @@ def fpdt(chunk: int, stash: str = "device") -> dict[str, object]:
 TOKENIZER = Tokenizer.from_file(str(ROOT / "torchtitan_upipe/assets/tokenizer/tokenizer.json"))
 ULYSSES = {"context_parallel__method": "ulysses"}
 RING = {"context_parallel__method": "ring"}
+HIDDEN = {
+    "context_parallel__hidden_states": "host",
+    "context_parallel__stash": "host",
+    "context_parallel__tile_size": 48,
+}
 HYBRID = {"context_parallel__ring_degree": 2}
 
 
@@ -247,7 +252,7 @@ def test_bfloat16_with_and_without_fsdp(seeds: dict[str, Path], one_rank: dict[s
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [upipe(2), fpdt(96, "host")], ids=["upipe", "fpdt"])
+@pytest.mark.parametrize("method", [upipe(2), fpdt(96, "host"), HIDDEN], ids=["upipe", "fpdt", "hidden-states"])
 def test_resumed_run_repeats_the_unbroken_one(method: dict[str, object], tmp_path: Path) -> None:
     """To the last digit: model, optimizer, schedule and position in the data all come back."""
     options = {**QWEN, **method, "activation_checkpoint__mode": "full", "checkpoint__interval": 4}

@@ -60,14 +60,8 @@ def test_one_rank_with_everything_on_the_host(tmp_path: Path) -> None:
     compare(tmp_path, 1, "--training.enable_cpu_offload", **LLAMA, tolerance=1e-6)
 
 
-def test_bfloat16_and_resuming(tmp_path: Path) -> None:
-    bf16 = {"training__mixed_precision_param": "bfloat16", **QWEN}
-    compare(tmp_path, 2, **bf16, tolerance=2e-3)
-    whole = train(tmp_path / "whole", 2, **HOST, **bf16)
-    saving = ("--checkpoint.enable", "--checkpoint.interval", "5")
-    train(tmp_path / "parts", 2, *saving, **HOST, **bf16, training__steps=5)
-    parts = train(tmp_path / "parts", 2, *saving, **HOST, **bf16)
-    assert parts.loss == whole.loss
+def test_bfloat16(tmp_path: Path) -> None:
+    compare(tmp_path, 2, **QWEN, training__mixed_precision_param="bfloat16", tolerance=2e-3)
 
 
 @pytest.mark.parametrize(
