@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -77,6 +77,18 @@ def cases() -> Iterator[Case]:
         )
 
 
+def hidden_cases() -> Iterator[Case]:
+    """Hidden states on the host, of all methods that have a stage loop."""
+    shared = ("--context_parallel.tile_size", "512", "--context_parallel.hidden_states", "host")
+    hidden = (*shared, "--context_parallel.stash", "host")
+    for model in FLAVORS:
+        yield Case(model, "upipe", 1, 8, "full", hidden)
+        yield Case(model, "ulysses", 1, 2, "full", hidden)
+    yield Case("llama3_upipe", "ring", 1, 2, "full", hidden)
+    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*shared, "--context_parallel.stash", "none"))
+    yield Case("llama3_upipe", "upipe", 1, 1, "full", (*hidden, "--training.enable_cpu_offload"))
+
+
 def one_rank_cases() -> Iterator[Case]:
     """State on the host: FSDP2 on a mesh of one. Some lengths are more than one slice of rows (``cp/rope.py``)."""
     state, inputs = ("--training.enable_cpu_offload",), ("--activation_checkpoint.offload",)
@@ -91,7 +103,8 @@ def one_rank_cases() -> Iterator[Case]:
 
 
 ONE_RANK = list(one_rank_cases())
-CASES = [*cases(), *ONE_RANK]
+HIDDEN = list(hidden_cases())
+CASES = [*cases(), *ONE_RANK, *HIDDEN]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +149,15 @@ def test_one_rank_holds_its_state_on_the_host(case: Case, dry_runs: dict[Case, P
         assert not leg.by_category.get("parameters")
         assert not leg.by_category.get("optimizer")
         assert leg.host_by_category["optimizer"] == pytest.approx(2 * leg.host_by_category["parameters"], rel=0.001)
+
+
+@pytest.mark.parametrize("case", HIDDEN, ids=str)
+def test_hidden_states_leave_the_device(case: Case, dry_runs: dict[Case, Prediction]) -> None:
+    """Both legs within 3%, and far below the same job with its hidden states on the device."""
+    predicted, simulated = ledger(case), dry_runs[case]
+    assert predicted.device_bytes == pytest.approx(simulated.device_bytes, rel=0.03)
+    on_device = replace(case, extra=tuple("device" if word == "host" else word for word in case.extra))
+    assert predicted.device_bytes < ledger(on_device).device_bytes
 
 
 def test_every_switch_changes_the_prediction() -> None:

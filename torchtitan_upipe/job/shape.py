@@ -49,6 +49,7 @@ class JobShape:
         stored: bytes of an element in which parameters and their gradients' shards are kept.
         reduced: bytes of an element in which gradients are reduced.
         sequence_chunk: tokens of a chunk of the sequence; 0 where there are none.
+        hidden_on_host: hidden states are in host memory, and the device works on tiles of them.
         state_on_host: FSDP2 keeps parameters, gradients and the optimizer's state in host memory.
         stash_budget: host bytes for the stashes of all layers; 0 = no limit.
         kernel: ``context_parallel.attention_kernel``.
@@ -77,6 +78,7 @@ class JobShape:
     tile_size: int
     checkpoint: bool
     offload: bool
+    hidden_on_host: bool
     positions: bool
     kernel: str
     deterministic: bool
@@ -106,6 +108,16 @@ class JobShape:
     def hidden(self) -> int:
         """Bytes of one hidden tensor ``[B, N, D]``."""
         return self.rows * self.model.dim * self.element
+
+    @property
+    def tile_rows(self) -> int:
+        """Tokens of a tile in each sequence, where hidden states are in host memory."""
+        return min(max(self.tile_size // self.batch, 1), self.tokens)
+
+    @property
+    def tile(self) -> int:
+        """Bytes of such a tile."""
+        return self.batch * self.tile_rows * self.model.dim * self.element
 
     @property
     def wide(self) -> int:
@@ -170,6 +182,7 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
         tile_size=cp.tile_size,
         checkpoint=config.activation_checkpoint.mode == "full",
         offload=config.activation_checkpoint.offload,
+        hidden_on_host=cp.hidden_states == "host",
         positions=degree > 1 or training.document_mask,
         kernel=cp.attention_kernel,
         deterministic=config.debug.deterministic,

@@ -61,12 +61,22 @@ class UPipeBytes:
         Returns:
             ``y``, and what is kept: ``o, lse`` of every stage and tile.
         """
-        account, outputs = self.account, list(kept)
+        account = self.account
+        outputs = list(kept) or self.attend_stages(stash)
+        y = account.hold(self.job.hidden)
+        rows = max(stop - start for start, stop in self.tiles)
+        self.product_in_slices(self.job.model.heads, rows, self.schedule.stages[0].queries if stash == "host" else None)
+        if stash == "none":
+            account.free(*outputs)
+            outputs = []
+        return y, outputs
+
+    def attend_stages(self, stash: str) -> list[Block]:
+        """The stages' forward pass: ``o, lse`` of every stage and tile, on the device or on the host."""
+        account, outputs = self.account, list[Block]()
         newest: list[Block] = []  # on their way to the host
         kv: dict[int, KVBytes] = {}
         for index, stage in enumerate(self.schedule.stages):
-            if kept:
-                break
             if any(stage.fetch.counts):
                 kv[index] = self.fetch_kv(stage)
             for tile in self.tiles:
@@ -85,14 +95,7 @@ class UPipeBytes:
                 left = kv.pop(block)
                 account.free(left.k, left.v)
         account.free(*newest)
-
-        y = account.hold(self.job.hidden)
-        rows = max(stop - start for start, stop in self.tiles)
-        self.product_in_slices(self.job.model.heads, rows, self.schedule.stages[0].queries if stash == "host" else None)
-        if stash == "none":
-            account.free(*outputs)
-            outputs = []
-        return y, outputs
+        return outputs
 
     def backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         """The layer's backward pass.
@@ -105,7 +108,28 @@ class UPipeBytes:
         """
         account, job = self.account, self.job
         wide = [size * job.wide / job.element for size in attention_weights(job)]
-        d_wo = account.hold(wide[3], "gradients")
+        d_wo, heads = self.attend_stages_backward(kept)
+        on_host = any(not block.device for block in kept)
+        stacked = account.hold(sum(attention_weights(job)[:3]))
+        dx = account.hold(job.hidden)
+        if on_host:
+            account.free(*heads)
+            heads = []
+        sums = [account.hold(size, "gradients") for size in wide[:3]]
+        self.product_in_slices(self.all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
+        narrow = job.element < job.wide
+        weights = [account.hold(size, "gradients") for size in attention_weights(job)] if narrow else [*sums, d_wo]
+        account.free(stacked, *heads, *([*sums, d_wo] if narrow else []))
+        return dx, weights
+
+    def attend_stages_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
+        """The stages' backward pass.
+
+        Returns:
+            The sum ``dWo``, and the gradients of the heads that are on the device: all, or the last one put away.
+        """
+        account, job = self.account, self.job
+        d_wo = account.hold(attention_weights(job)[3] * job.wide / job.element, "gradients")
         stashed = list(zip(kept[::2], kept[1::2], strict=True))
         fetched: tuple[Block, ...] = ()  # ahead, from the host
         heads: list[Block] = []  # gradients of all stages' heads, for one product at the end, where the stash is
@@ -167,16 +191,7 @@ class UPipeBytes:
 
             # of the keys' and values', at the end of a KV set, one at a time
             self.add_keys(stage, kv, wait_for_dx)
-
-        stacked = account.hold(sum(attention_weights(job)[:3]))
-        dx = account.hold(job.hidden)
-        settle()
-        sums = [account.hold(size, "gradients") for size in wide[:3]]
-        self.product_in_slices(self.all_heads, job.tokens, self.schedule.stages[0].queries if on_host else None)
-        narrow = job.element < job.wide
-        weights = [account.hold(size, "gradients") for size in attention_weights(job)] if narrow else [*sums, d_wo]
-        account.free(stacked, *heads, *([*sums, d_wo] if narrow else []))
-        return dx, weights
+        return d_wo, heads
 
     # --- phases -------------------------------------------------------------------------------------------------------
 
@@ -243,9 +258,12 @@ class UPipeBytes:
         return joined
 
     def project(self, placement: HeadPlacement, tile: Interval | None = None) -> Block:
-        """One matrix product for the placement's heads."""
+        """One matrix product for the placement's heads, or one for each tile of hidden states."""
         rows = self.account.hold(self._cut(placement))
         result = self.account.hold(self._tokens(placement, tile))
+        if self.job.hidden_on_host:  # this tile, normalised, and its product; the next one
+            product = self.job.heads(len(placement.distinct), self.job.tile_rows)
+            self.account.brief(*[self.job.tile] * 3, product, category="tiles")
         self.account.free(rows)
         return result
 
@@ -257,12 +275,16 @@ class UPipeBytes:
 
     def add_output(self, stage: Stage) -> None:
         """Columns of ``dWo``."""
-        self.account.brief(self._cut(stage.queries, copied=True))
+        tiles = [self.job.tile] * 2 if self.job.hidden_on_host else []
+        self.account.brief(self._cut(stage.queries, copied=True), *tiles)
 
     def output_gradient(self, stage: Stage, tile: Interval) -> Block:
         """``do`` of this rank's heads."""
         account = self.account
         columns, d_tokens = account.hold(self._cut(stage.queries)), account.hold(self._tokens(stage.queries, tile))
+        if self.job.hidden_on_host:
+            product = self.job.heads(len(stage.queries.distinct), self.job.tile_rows)
+            account.brief(*[self.job.tile] * 2, product, category="tiles")
         do = self.to_heads(stage, tile, d_tokens)
         account.free(columns, *([] if do is d_tokens else [d_tokens]))
         return do

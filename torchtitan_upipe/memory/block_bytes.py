@@ -30,12 +30,18 @@ def _layer_bytes(account: Account, job: JobShape) -> UPipeBytes | FPDTBytes | Ul
     """The account of the job's method."""
     match job.method:
         case "upipe":
-            schedule = build_head_schedule(job.model.heads, job.model.kv_heads, job.ulysses, job.head_chunk)
-            return UPipeBytes(account, job, schedule)
+            return stages_bytes(account, job)
         case "fpdt":
             return FPDTBytes(account, job)
         case _:
             return UlyssesBytes(account, job)
+
+
+def stages_bytes(account: Account, job: JobShape) -> UPipeBytes:
+    """The account of a stage loop: UPipe's, or of all heads in one stage."""
+    chunk = job.head_chunk if job.method == "upipe" else job.model.heads
+    schedule = build_head_schedule(job.model.heads, job.model.kv_heads, job.ulysses, chunk)
+    return UPipeBytes(account, job, schedule)
 
 
 @dataclass(frozen=True)
@@ -168,14 +174,17 @@ class BlockBytes:
     def _walk(self, key: Any, walk: Callable[[Any], list[Block]], freed: Sequence[Block] = ()) -> list[Block]:
         """Walk through an attention layer on an account of its own, once for all layers, and take over what it left."""
         if key not in self._walks:
-            account, job = Account(), self.job
+            account = Account()
             with account.during("attention", "attention stage"):
-                left = walk(_layer_bytes(account, job))
+                left = walk(self._layer(account))
             self._walks[key] = _Walk(account.peak, account.at_peak, left)
         found = self._walks[key]
         self.account.pass_by(found.peak, found.at_peak)
         self.account.free(*freed)
         return [self.account.hold(block.size, block.category, host=not block.device) for block in found.left]
+
+    def _layer(self, account: Account) -> Any:
+        return _layer_bytes(account, self.job)
 
     def _feed_forward_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
         account, hidden, inner = self.account, self.job.hidden, self.inner

@@ -11,6 +11,13 @@ from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory.account import Account, Block
 from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward, head_forward
 from torchtitan_upipe.memory.fpdt_bytes import FPDTBytes
+from torchtitan_upipe.memory.host_bytes import (
+    HostBlockBytes,
+    host_embedding,
+    host_embedding_backward,
+    host_head_backward,
+    host_head_forward,
+)
 from torchtitan_upipe.memory.prediction import Prediction
 from torchtitan_upipe.memory.shards_bytes import ShardsBytes
 from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, tiled_head_backward, tiled_head_forward
@@ -51,7 +58,8 @@ class _Step:
         model = job.model
         self.account = account
         self.job = job
-        self.block = (TiledBlockBytes if job.tile_size else BlockBytes)(account, job)
+        kind = HostBlockBytes if job.hidden_on_host else TiledBlockBytes if job.tile_size else BlockBytes
+        self.block = kind(account, job)
         self.shards = ShardsBytes(account, job)
         embedding, norm = (model.vocab, model.dim), (model.dim,)
         self.embedding = [] if model.tied else [embedding]
@@ -79,7 +87,7 @@ class _Step:
         account, shards, job = self.account, self.shards, self.job
         with account.during("tok_embeddings forward", "block inputs"):
             weights = shards.gather_forward(self.embedding)
-            hidden = [account.hold(job.hidden)]
+            hidden = [host_embedding(account, job) if job.hidden_on_host else account.hold(job.hidden)]
             account.free(*weights)
         kept = []
         for index, name in enumerate(self.names):
@@ -100,13 +108,18 @@ class _Step:
         with account.during("norm forward", "loss"):
             weights = shards.gather_forward(self.head)  # not resharded: backward begins with them
         if job.tile_size:
-            of_head = tiled_head_forward(account, job)
-            account.free(hidden.pop())
+            of_head = (host_head_forward if job.hidden_on_host else tiled_head_forward)(account, job)
+            self._free(hidden.pop())
             shards.end_forward()
         else:
             shards.end_forward()
             of_head = head_forward(account, job)
         return hidden, kept, of_head, weights
+
+    def _free(self, hidden: Block) -> None:
+        """Free a hidden state; buffers on the host stay."""
+        if hidden.device:
+            self.account.free(hidden)
 
     def _fetch_inputs(self, name: str, index: int, hidden: list[Block]) -> None:
         """The input of block ``index`` back on the device, and that of the block before on its way; buffers stay."""
@@ -123,14 +136,15 @@ class _Step:
         blocks = [job.model.block] * job.model.layers
         if job.tile_size:
             shards.send_for(job.model.block)
-            dy, d_output = tiled_head_backward(account, job, of_head)
+            dy, d_output = (host_head_backward if job.hidden_on_host else tiled_head_backward)(account, job, of_head)
         else:
             dy, d_output = head_backward(account, job, of_head)
             shards.send_for(job.model.block)
             account.free(hidden.pop())
         with account.during("norm backward", "loss"):
             shards.reduce(self.head, weights, [d_output])
-        if job.method == "upipe" and job.stash == "host":  # gradients of heads, in the place of outputs of equal size
+        if job.hidden_on_host or (job.method == "upipe" and job.stash == "host"):
+            # gradients of heads, in the place of outputs of equal size
             extra = 2 * job.model.kv_heads + (job.model.heads if job.query_tiles > 1 else 0)
             account.hold(job.heads(extra), "saved", host=True)
         if job.method == "fpdt":  # chunks that wait for one another
@@ -146,11 +160,14 @@ class _Step:
                 y, of_block = self.block.forward(index, "second forward", of_block.attention)
                 account.free(y)
             dy, gradients = self.block.backward(index, dy, of_block)
-            account.free(hidden.pop())
+            self._free(hidden.pop())
             with account.during(f"{name} backward", "block inputs"):
                 shards.reduce(job.model.block, weights, gradients)
         with account.during("tok_embeddings backward", "block inputs"):
-            d_embedding = [account.hold(job.model.vocab * job.model.dim * job.element, "gradients")]
-            shards.reduce(self.embedding, [], d_embedding)
+            size = job.model.vocab * job.model.dim * job.element
+            d_embedding = (
+                host_embedding_backward(account, job) if job.hidden_on_host else account.hold(size, "gradients")
+            )
+            shards.reduce(self.embedding, [], [d_embedding])
         shards.finish()
         return dy
