@@ -116,8 +116,12 @@ class JobShape:
         """What ``layer`` keeps of its stages: with a budget on the host, later layers keep nothing."""
         if self.stash != "host" or self.stash_budget == 0:
             return self.stash
-        size = self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
-        return "host" if layer < int(self.stash_budget / size) else "none"
+        return "host" if layer < int(self.stash_budget / self.stash_bytes) else "none"
+
+    @property
+    def stash_bytes(self) -> int:
+        """Bytes of one layer's stash: ``o`` and ``lse``."""
+        return self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
 
     def heads(self, count: int, rows: int | None = None, element: int | None = None) -> int:
         """Bytes of ``[B, rows, count, d]``; ``rows`` are this rank's tokens unless given."""

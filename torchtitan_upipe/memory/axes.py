@@ -1,0 +1,119 @@
+"""What the planner may set: one axis a setting, and the candidates that they span. A new setting is a new axis here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from torchtitan_upipe.cp.head_schedule import round_head_chunk
+from torchtitan_upipe.data.sharding import chunk_of
+from torchtitan_upipe.job.shape import STASHING, JobShape
+from torchtitan_upipe.memory.prediction import GIB
+
+TILE_SIZES = (0, 32768, 16384, 8192)
+QUERY_TILES = (1, 2, 4, 8)
+SEQUENCE_CHUNKS = (65536, 32768, 16384)
+STASHES = ("device", "host", "none")
+SHARED_HEADS = (2, 4)  # ranks that share a head, beyond chunks that have a head for every rank
+Settings = dict[str, dict[str, Any]]  # of a job file, by section
+EVERY = ("upipe", "ulysses", "ring", "fpdt")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting, or several that go together.
+
+    Attributes:
+        fields: of :class:`JobShape`.
+        values: for a job, one tuple of these fields each, from most device memory to least.
+        fields_of_file: what a job file says for a job's value, by section.
+        methods: those that have the setting.
+        last: how many of the last values may need the least device memory.
+    """
+
+    fields: tuple[str, ...]
+    values: Callable[[JobShape], Sequence[tuple[Any, ...]]]
+    fields_of_file: Callable[[JobShape], Settings]
+    methods: tuple[str, ...] = EVERY
+    last: int = 1
+
+
+def head_chunks(job: JobShape) -> list[int]:
+    """The head chunks that the schedule does not round, down to one head a rank; largest first."""
+    heads = job.model.heads
+    found = {round_head_chunk(heads, job.ulysses, chunk) for chunk in range(min(job.ulysses, heads), heads + 1)}
+    return sorted((chunk for chunk in found if heads % chunk == 0), reverse=True) or sorted(found, reverse=True)
+
+
+def all_head_chunks(job: JobShape) -> list[int]:
+    """:func:`head_chunks`, and those for which ranks share a head; largest first."""
+    whole = head_chunks(job)
+    shared = {job.ulysses // team for team in SHARED_HEADS if job.ulysses % team == 0}
+    return whole + sorted((chunk for chunk in shared if chunk < whole[-1]), reverse=True)
+
+
+def _checkpointing(job: JobShape) -> Settings:
+    return {"activation_checkpoint": {"mode": "full" if job.checkpoint else "none", "offload": job.offload}}
+
+
+def _stash(job: JobShape) -> Settings:
+    budget = job.stash_budget / GIB if job.stash == "host" else 0.0
+    return {"context_parallel": {"stash": job.stash, "stash_budget_gib": budget}}
+
+
+def _tile_sizes(job: JobShape) -> list[tuple[int]]:
+    """None beyond the first that holds all rows."""
+    useful = [size for size in TILE_SIZES if size < job.rows]
+    return [(size,) for size in (useful if len(useful) > 1 else [0, TILE_SIZES[-1]])]
+
+
+def _plain(name: str) -> Callable[[JobShape], Settings]:
+    return lambda job: {"context_parallel": {name: getattr(job, name)}}
+
+
+AXES = (
+    Axis(("checkpoint", "offload"), lambda _: [(False, False), (True, False), (True, True)], _checkpointing),
+    Axis(("tile_size",), _tile_sizes, _plain("tile_size")),
+    Axis(("stash", "stash_budget"), lambda _: [(s, 0.0) for s in STASHES], _stash, STASHING, last=2),
+    Axis(("head_chunk",), lambda job: [(c,) for c in all_head_chunks(job)], _plain("head_chunk"), ("upipe",)),
+    Axis(
+        ("query_tiles",), lambda job: [(t,) for t in QUERY_TILES if t <= job.tokens], _plain("query_tiles"), ("upipe",)
+    ),
+    Axis(
+        ("sequence_chunk",),
+        lambda job: [(chunk_of("fpdt", job.ulysses, c),) for c in SEQUENCE_CHUNKS],
+        _plain("sequence_chunk"),
+        ("fpdt",),
+    ),
+)
+
+
+def candidates(job: JobShape) -> Iterator[JobShape]:
+    """All settings of ``job``'s method."""
+    yield from _span(job, lambda axis, values: values)
+
+
+def sparing(job: JobShape) -> Iterator[JobShape]:
+    """The settings of ``job``'s method among which are those that need least device memory."""
+    yield from _span(job, lambda axis, values: values[-axis.last :])
+
+
+def _span(
+    job: JobShape, choose: Callable[[Axis, Sequence[tuple[Any, ...]]], Sequence[tuple[Any, ...]]]
+) -> Iterator[JobShape]:
+    axes = [axis for axis in AXES if job.method in axis.methods]
+    for values in product(*(choose(axis, axis.values(job)) for axis in axes)):
+        chosen = zip(axes, values, strict=True)
+        yield replace(job, **{name: v for axis, value in chosen for name, v in zip(axis.fields, value, strict=True)})
+
+
+def settings_of(job: JobShape) -> Settings:
+    """The fields that give a job file the settings of ``job``, by section."""
+    settings: Settings = {}
+    for axis in AXES:
+        if job.method in axis.methods:
+            for section, values in axis.fields_of_file(job).items():
+                settings.setdefault(section, {}).update(values)
+    return settings
