@@ -134,7 +134,7 @@ def _rates(options: Options) -> Rates:
 
 
 COLUMNS = (
-    "", "method", "tokens", "chunk", "query tiles", "stash", "checkpoint", "tile size", "s a step", "tokens/s a device",
+    "", "method", "tokens", "chunk", "query tiles", "stash", "checkpoint", "tile size", "state on", "s a step", "tokens/s a device",
     "limited by", "device GiB", "host GiB", "most of it", "peak",
 )  # fmt: skip
 
@@ -188,6 +188,7 @@ class _Table:
             _stash(job),
             ("full, offload" if job.offload else "full") if job.checkpoint else "none",
             str(job.tile_size),
+            "host" if job.state_on_host else "device",
             f"{time.seconds * self._micro_batches():,.1f}",
             f"{plan.tokens_per_second:,.1f}",
             f"{time.limit} {time.parts[time.limit] / time.seconds:.0%}",

@@ -1,4 +1,4 @@
-"""What one rank does in one attention layer: read beside ``upipe.py``, ``ulysses.py``, ``ring.py``, ``fpdt.py`` of ``cp/``.
+"""What one rank does in one attention layer: read beside the methods in ``cp/``.
 
 Causal attention over ``S`` tokens is ``2 * S^2 * d`` FLOPs a query head, backward 2.5 times that (arXiv 2307.08691,
 section 4.1). What is computed again counts again.

@@ -12,7 +12,7 @@ from torchtitan_upipe.data.sharding import chunk_of
 from torchtitan_upipe.job.shape import STASHING, JobShape
 from torchtitan_upipe.memory.prediction import GIB
 
-TILE_SIZES = (0, 32768, 16384, 8192)
+TILE_SIZES = (32768, 16384, 8192)
 QUERY_TILES = (1, 2, 4, 8)
 SEQUENCE_CHUNKS = (65536, 32768, 16384)
 STASHES = ("device", "host", "none")
@@ -31,6 +31,7 @@ class Axis:
         fields_of_file: what a job file says for a job's value, by section.
         methods: those that have the setting.
         last: how many of the last values may need the least device memory.
+        at_start: whether a job that has started may still be given it.
     """
 
     fields: tuple[str, ...]
@@ -38,6 +39,7 @@ class Axis:
     fields_of_file: Callable[[JobShape], Settings]
     methods: tuple[str, ...] = EVERY
     last: int = 1
+    at_start: bool = True
 
 
 def head_chunks(job: JobShape) -> list[int]:
@@ -64,13 +66,21 @@ def _stash(job: JobShape) -> Settings:
 
 
 def _tile_sizes(job: JobShape) -> list[tuple[int]]:
-    """None beyond the first that holds all rows."""
-    useful = [size for size in TILE_SIZES if size < job.rows]
-    return [(size,) for size in (useful if len(useful) > 1 else [0, TILE_SIZES[-1]])]
+    """No tiling, and tiles smaller than all rows; the smallest in any case, whose head holds no logits."""
+    smaller = [size for size in TILE_SIZES if size < job.rows]
+    return [(size,) for size in (0, *(smaller or TILE_SIZES[-1:]))]
 
 
 def _plain(name: str) -> Callable[[JobShape], Settings]:
     return lambda job: {"context_parallel": {name: getattr(job, name)}}
+
+
+def _states(job: JobShape) -> list[tuple[bool]]:
+    return [(False,), (True,)] if job.state_on_host or job.can_move_state else [(False,)]
+
+
+def _state(job: JobShape) -> Settings:
+    return {"training": {"enable_cpu_offload": job.state_on_host}}
 
 
 AXES = (
@@ -87,32 +97,34 @@ AXES = (
         _plain("sequence_chunk"),
         ("fpdt",),
     ),
+    Axis(("state_on_host",), _states, _state, last=2, at_start=False),  # groups are made for it
 )
+AT_START = tuple(axis for axis in AXES if axis.at_start)
 
 
-def candidates(job: JobShape) -> Iterator[JobShape]:
+def candidates(job: JobShape, axes: Sequence[Axis] = AXES) -> Iterator[JobShape]:
     """All settings of ``job``'s method."""
-    yield from _span(job, lambda axis, values: values)
+    yield from _span(job, axes, lambda axis, values: values)
 
 
-def sparing(job: JobShape) -> Iterator[JobShape]:
+def sparing(job: JobShape, axes: Sequence[Axis] = AXES) -> Iterator[JobShape]:
     """The settings of ``job``'s method among which are those that need least device memory."""
-    yield from _span(job, lambda axis, values: values[-axis.last :])
+    yield from _span(job, axes, lambda axis, values: values[-axis.last :])
 
 
 def _span(
-    job: JobShape, choose: Callable[[Axis, Sequence[tuple[Any, ...]]], Sequence[tuple[Any, ...]]]
+    job: JobShape, axes: Sequence[Axis], choose: Callable[[Axis, Sequence[tuple[Any, ...]]], Sequence[tuple[Any, ...]]]
 ) -> Iterator[JobShape]:
-    axes = [axis for axis in AXES if job.method in axis.methods]
+    axes = [axis for axis in axes if job.method in axis.methods]
     for values in product(*(choose(axis, axis.values(job)) for axis in axes)):
         chosen = zip(axes, values, strict=True)
         yield replace(job, **{name: v for axis, value in chosen for name, v in zip(axis.fields, value, strict=True)})
 
 
-def settings_of(job: JobShape) -> Settings:
+def settings_of(job: JobShape, axes: Sequence[Axis] = AXES) -> Settings:
     """The fields that give a job file the settings of ``job``, by section."""
     settings: Settings = {}
-    for axis in AXES:
+    for axis in axes:
         if job.method in axis.methods:
             for section, values in axis.fields_of_file(job).items():
                 settings.setdefault(section, {}).update(values)

@@ -6,14 +6,14 @@ Settings are tried in the order of their predicted time (``step_time.py``, cheap
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, lcm
 
 from torchtitan_upipe.data.sharding import chunk_of
 from torchtitan_upipe.job.shape import STASHING, JobShape, shard_elements
-from torchtitan_upipe.memory.axes import SEQUENCE_CHUNKS, candidates, sparing
+from torchtitan_upipe.memory.axes import AXES, SEQUENCE_CHUNKS, Axis, candidates, sparing
 from torchtitan_upipe.memory.block_bytes import Walks
 from torchtitan_upipe.memory.ledger import predict_shape
 from torchtitan_upipe.memory.prediction import GIB, Prediction
@@ -61,10 +61,11 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Searches settings for one machine."""
+    """Searches settings for one machine, along ``axes``."""
 
     budget: Budget
     machine: Machine
+    axes: Sequence[Axis] = AXES
     _walks: Walks = field(default_factory=dict)
 
     def predict(self, job: JobShape) -> Prediction:
@@ -77,7 +78,7 @@ class Planner:
 
     def fastest(self, job: JobShape) -> Plan | None:
         """The fastest settings of ``job``'s method that fit, or None."""
-        return self.first_that_fits(candidates(job))
+        return self.first_that_fits(candidates(job, self.axes))
 
     def first_that_fits(self, jobs: Iterator[JobShape]) -> Plan | None:
         """The fastest of ``jobs`` that fits; where only host memory lacks, with a stash for fewer layers; or None."""
@@ -113,7 +114,7 @@ class Planner:
 
         def use(steps: int) -> float:
             """The most thrifty settings' share of the budget."""
-            return min(self._share(self.predict(least)) for least in sparing(replace(job, length=steps * step)))
+            return min(self._share(self.predict(least)) for least in sparing(replace(job, length=steps * step), self.axes))
 
         most = LONGEST // step
         low, high, least, guess = 0, most + 1, 0.0, 8
@@ -146,7 +147,7 @@ def least_bytes(job: JobShape) -> float:
     """Device bytes surely needed at the end of the forward pass: cheap, and never more than the ledger says."""
     model, layers = job.model, job.model.layers
     weights = [(model.vocab, model.dim), *list(model.block) * layers]
-    state = 3 * job.stored * sum(shard_elements(shape, job.shards) for shape in weights)
+    state = 0 if job.state_on_host else 3 * job.stored * sum(shard_elements(shape, job.shards) for shape in weights)
     kept = 1 if job.checkpoint else 3  # each block's input; its normed input and its middle
     inputs = 0 if job.offload else kept * layers * job.hidden
     stashes = sum(job.method in STASHING and job.stash_of(layer) == "device" for layer in range(layers))

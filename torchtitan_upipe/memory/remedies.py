@@ -23,11 +23,12 @@ def explain_nothing_fits(job: JobShape, planner: Planner) -> str:
     """One sentence where :meth:`Planner.fastest` found nothing: what to make smaller."""
     smaller = (batch for batch in _halves(job.batch) if planner.fastest(replace(job, batch=batch)))
     batch = next(smaller, None)
-    remedy = (
-        "shorten training.seq_len or use more ranks"
-        if batch is None
-        else f"set training.local_batch_size = {batch} (training.global_batch_size keeps the whole batch)"
-    )
+    if job.can_move_state and planner.fastest(replace(job, state_on_host=True)):
+        remedy = "set training.enable_cpu_offload = true"
+    elif batch is None:
+        remedy = "shorten training.seq_len or use more ranks"
+    else:
+        remedy = f"set training.local_batch_size = {batch} (training.global_batch_size keeps the whole batch)"
     budget = planner.budget
     host = "" if budget.shared else f" of device and {budget.host / GIB:.0f} GiB of host"
     return (
@@ -92,6 +93,8 @@ def advice(prediction: Prediction, job: JobShape) -> str:
         return f"set context_parallel.query_tiles = {2 * job.query_tiles}"
     if largest in {"tiles", "loss"} and job.tile_size > TILE_SIZES[-1]:
         return f"set context_parallel.tile_size = {job.tile_size // 2}"
+    if largest in {"parameters", "gradients", "optimizer"} and job.can_move_state:
+        return "set training.enable_cpu_offload = true"
     if job.batch > 1:
         return f"set training.local_batch_size = {job.batch // 2}"
     return "use more ranks or a shorter sequence"

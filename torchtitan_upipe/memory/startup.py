@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan_upipe.device import SIMULATED, host_memory_of_rank, memory_of_rank, name_of_device
 from torchtitan_upipe.job.shape import JobShape, job_shape
-from torchtitan_upipe.memory.axes import Settings, all_head_chunks, settings_of
+from torchtitan_upipe.memory.axes import AT_START, Settings, all_head_chunks, settings_of
 from torchtitan_upipe.memory.planner import Budget, Plan, Planner
 from torchtitan_upipe.memory.prediction import GIB
 from torchtitan_upipe.memory.rates import rates_of
@@ -42,7 +42,7 @@ class Place:
     def planner(self, kernel: str) -> Planner:
         """A planner for this place."""
         machine = Machine(rates_of(self.name), self.ranks_per_host, kernel)
-        return Planner(Budget(self.device, self.host, self.shared), machine)
+        return Planner(Budget(self.device, self.host, self.shared), machine, AT_START)
 
 
 def place_of(device_type: str, ranks_per_host: int) -> Place:
@@ -80,7 +80,7 @@ def fill_settings(config: JobConfig, world_size: int, place: Place) -> str:
     if plan is None:
         raise ValueError(explain_nothing_fits(job, planner) if everything else _no_chunk_fits(job, planner))
     settings: Settings = (
-        settings_of(plan.job) if everything else {"context_parallel": {"head_chunk": plan.job.head_chunk}}
+        settings_of(plan.job, AT_START) if everything else {"context_parallel": {"head_chunk": plan.job.head_chunk}}
     )
     for section, fields in settings.items():
         for name, value in fields.items():

@@ -95,17 +95,22 @@ def ends_work(job: JobShape) -> StepWork:
     backward = Work(products=4 * logits * model.dim, moved=logits * LOSS / 2 + 2 * rows * model.dim * NORM)
     if job.tile_size:
         backward.moved += tiles * model.vocab * model.dim * 3 * job.wide
-    backward.moved += OPTIMIZER * sum(shard_elements(shape, job.shards) for shape in _weights(job))
+    state = OPTIMIZER * sum(shard_elements(shape, job.shards) for shape in _weights(job))
+    if job.state_on_host:  # where AdamW is taken to be as fast as the link
+        backward.host_waited += state
+    else:
+        backward.moved += state
     return StepWork(head, backward)
 
 
 def sharding_work(job: JobShape) -> StepWork:
     """FSDP2: all weights are gathered for each pass; the backward pass reduces their gradients."""
-    if job.shards == 1:
+    if not job.fsdp:
         return StepWork()
     there = sum(map(prod, _weights(job))) * (job.shards - 1) / job.shards
-    forward = Work(sharded=there * job.element)
-    return StepWork(forward, Work(sharded=there * (job.element + job.reduced)))
+    own = job.stored * sum(shard_elements(shape, job.shards) for shape in _weights(job)) if job.state_on_host else 0
+    forward = Work(sharded=there * job.element, host=own)
+    return StepWork(forward, Work(sharded=there * (job.element + job.reduced), host=2 * own))  # weights; gradients
 
 
 def offload_work(job: JobShape) -> StepWork:
