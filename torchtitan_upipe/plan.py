@@ -134,8 +134,8 @@ def _rates(options: Options) -> Rates:
 
 
 COLUMNS = (
-    "", "method", "tokens", "chunk", "query tiles", "stash", "checkpoint", "tile size", "state on", "s a step", "tokens/s a device",
-    "limited by", "device GiB", "host GiB", "most of it", "peak",
+    "", "method", "tokens", "chunk", "query tiles", "stash", "checkpoint", "tile size", "state on",
+    "s a step", "tokens/s a device", "limited by", "device GiB", "host GiB", "most of it", "peak",
 )  # fmt: skip
 
 

@@ -69,7 +69,16 @@ class BlockBytes:
         self.inner = job.rows * job.model.inner * job.element
         self._walks = walks
         self._attention = replace(
-            job, tile_size=0, checkpoint=True, offload=False, stash="", stash_budget=0, shards=1, replicas=1, positions=False, state_on_host=False
+            job,
+            tile_size=0,
+            checkpoint=True,
+            offload=False,
+            stash="",
+            stash_budget=0,
+            shards=1,
+            replicas=1,
+            positions=False,
+            state_on_host=False,
         )  # what a walk does not depend on
 
     def first_run(self, index: int) -> tuple[Block, list[Block]]:

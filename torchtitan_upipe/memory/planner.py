@@ -114,7 +114,9 @@ class Planner:
 
         def use(steps: int) -> float:
             """The most thrifty settings' share of the budget."""
-            return min(self._share(self.predict(least)) for least in sparing(replace(job, length=steps * step), self.axes))
+            return min(
+                self._share(self.predict(least)) for least in sparing(replace(job, length=steps * step), self.axes)
+            )
 
         most = LONGEST // step
         low, high, least, guess = 0, most + 1, 0.0, 8
