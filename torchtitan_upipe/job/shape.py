@@ -123,6 +123,17 @@ class JobShape:
         """Bytes of one layer's stash: ``o`` and ``lse``."""
         return self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
 
+    @property
+    def weights(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all weights of the model: embedding, output, norms, blocks."""
+        ends = [(self.model.vocab, self.model.dim)] * (1 if self.model.tied else 2)
+        return (*ends, (self.model.dim,), *self.model.block * self.model.layers)
+
+    @property
+    def own_elements(self) -> int:
+        """Elements of the weights that this rank holds."""
+        return own_elements(self.weights, self.shards)
+
     def heads(self, count: int, rows: int | None = None, element: int | None = None) -> int:
         """Bytes of ``[B, rows, count, d]``; ``rows`` are this rank's tokens unless given."""
         return self.batch * (rows or self.tokens) * count * self.model.head_dim * (element or self.element)
@@ -212,6 +223,12 @@ def model_shape(name: str, flavor: str) -> ModelShape:
 def shard_elements(shape: tuple[int, ...], shards: int) -> int:
     """Elements of a weight that a rank holds: FSDP2 cuts the rows, padded."""
     return -(-shape[0] // shards) * prod(shape[1:])
+
+
+@cache
+def own_elements(job_weights: tuple[tuple[int, ...], ...], shards: int) -> int:
+    """Elements that a rank holds of all these weights."""
+    return sum(shard_elements(shape, shards) for shape in job_weights)
 
 
 def _bytes(dtype: str) -> int:

@@ -12,7 +12,7 @@ from itertools import count
 from math import ceil, lcm
 
 from torchtitan_upipe.data.sharding import chunk_of
-from torchtitan_upipe.job.shape import STASHING, JobShape, shard_elements
+from torchtitan_upipe.job.shape import STASHING, JobShape
 from torchtitan_upipe.memory.axes import AXES, SEQUENCE_CHUNKS, Axis, candidates, sparing
 from torchtitan_upipe.memory.block_bytes import Walks
 from torchtitan_upipe.memory.ledger import predict_shape
@@ -147,9 +147,8 @@ def stash_budget(job: JobShape, layers: int) -> float:
 
 def least_bytes(job: JobShape) -> float:
     """Device bytes surely needed at the end of the forward pass: cheap, and never more than the ledger says."""
-    model, layers = job.model, job.model.layers
-    weights = [(model.vocab, model.dim), *list(model.block) * layers]
-    state = 0 if job.state_on_host else 3 * job.stored * sum(shard_elements(shape, job.shards) for shape in weights)
+    layers = job.model.layers
+    state = 0 if job.state_on_host else 3 * job.stored * job.own_elements
     kept = 1 if job.checkpoint else 3  # each block's input; its normed input and its middle
     inputs = 0 if job.offload else kept * layers * job.hidden
     stashes = sum(job.method in STASHING and job.stash_of(layer) == "device" for layer in range(layers))

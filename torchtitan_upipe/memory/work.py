@@ -7,9 +7,8 @@ A step is two passes, forward and backward; the second run of a checkpointed blo
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from math import prod
 
-from torchtitan_upipe.job.shape import JobShape, shard_elements
+from torchtitan_upipe.job.shape import JobShape, own_elements
 
 NORM = 20  # bytes read and written per element of a norm: float32 inside, squares, product
 RESIDUAL = 6  # of a sum of two
@@ -95,7 +94,7 @@ def ends_work(job: JobShape) -> StepWork:
     backward = Work(products=4 * logits * model.dim, moved=logits * LOSS / 2 + 2 * rows * model.dim * NORM)
     if job.tile_size:
         backward.moved += tiles * model.vocab * model.dim * 3 * job.wide
-    state = OPTIMIZER * sum(shard_elements(shape, job.shards) for shape in _weights(job))
+    state = OPTIMIZER * job.own_elements
     if job.state_on_host:  # where AdamW is taken to be as fast as the link
         backward.host_waited += state
     else:
@@ -107,8 +106,8 @@ def sharding_work(job: JobShape) -> StepWork:
     """FSDP2: all weights are gathered for each pass; the backward pass reduces their gradients."""
     if not job.fsdp:
         return StepWork()
-    there = sum(map(prod, _weights(job))) * (job.shards - 1) / job.shards
-    own = job.stored * sum(shard_elements(shape, job.shards) for shape in _weights(job)) if job.state_on_host else 0
+    there = own_elements(job.weights, 1) * (job.shards - 1) / job.shards
+    own = job.stored * job.own_elements if job.state_on_host else 0
     forward = Work(sharded=there * job.element, host=own)
     return StepWork(forward, Work(sharded=there * (job.element + job.reduced), host=2 * own))  # weights; gradients
 
@@ -117,8 +116,3 @@ def offload_work(job: JobShape) -> StepWork:
     """The block inputs' way to host memory and back."""
     moved = Work(host=job.hidden * job.model.layers) if job.offload else Work()
     return StepWork(moved, moved)
-
-
-def _weights(job: JobShape) -> list[tuple[int, ...]]:
-    ends = [(job.model.vocab, job.model.dim)] * (1 if job.model.tied else 2)
-    return [*ends, (job.model.dim,), *list(job.model.block) * job.model.layers]
