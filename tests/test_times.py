@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.kernels.rates import read_rates
+from torchtitan_upipe.memory.__main__ import main as memory_main
 from torchtitan_upipe.memory.axes import candidates
 from torchtitan_upipe.memory.ledger import predict_shape
 from torchtitan_upipe.memory.rates import FITTED, known_devices, measured_rates, rates_of
@@ -228,6 +229,12 @@ def run_and_note(args: list[str], memory: int) -> tuple[int, list[str], dict[str
 
     train.run_job = noting
     return train.main(args), [line for line in lines if "Settings chosen" in line], found
+
+
+def test_the_ledger_alone_does_not_guess_what_auto_chooses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = job_args(tmp_path, 2, activation_checkpoint__mode="selective", context_parallel__settings="auto")
+    assert memory_main(args) == 1
+    assert 'settings = "auto" is settled on the device' in capsys.readouterr().err
 
 
 def test_a_job_with_settings_auto_trains_with_the_planners_choice(tmp_path: Path) -> None:
