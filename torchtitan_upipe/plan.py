@@ -76,6 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         config = read_job(job_args, options.world_size, SIMULATED)
         world_size = options.world_size or needed_ranks(config)
+        if config.context_parallel.hidden_states == "host":
+            raise ValueError('hidden_states = "host" is not predicted by the ledger; plan with "device".')
         planner = _planner(options, config, world_size)
         job = job_shape(config, world_size)
         wanted = planner.fastest(job)

@@ -171,6 +171,11 @@ def _check_settings(config: JobConfig) -> None:
         raise ValueError(
             'settings = "auto" has nothing to choose for method = "torchtitan"; remove it, or choose another method.'
         )
+    if cp.hidden_states == "host":
+        raise ValueError(
+            'settings = "auto" cannot choose for hidden_states = "host", which the ledger does not predict; remove one '
+            "of the two."
+        )
     planned: list[tuple[str, object, tuple[str, ...]]] = [
         (
             "context_parallel",
