@@ -69,6 +69,15 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"comm__train_timeout_seconds": 0}, r"comm.train_timeout_seconds = 0 must be at least 1"),
         (
+            {"context_parallel__settings": "auto", "context_parallel__hidden_states": "host"},
+            r'settings = "auto" cannot choose for hidden_states = "host", which the ledger does not predict',
+        ),
+        (
+            {"context_parallel__settings": "auto", "context_parallel__tile_size": 512},
+            r'settings = "auto" chooses what is set by hand as well: context_parallel.tile_size = 512, '
+            r"activation_checkpoint.mode = 'none'; remove these",
+        ),
+        (
             {"context_parallel__stash_budget_gib": "nan", "context_parallel__stash": "host"},
             r"stash_budget_gib = nan must be a finite number of GiB; 0 = no limit",
         ),

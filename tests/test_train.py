@@ -373,8 +373,13 @@ def stock_trainer_rank(args: list[str]) -> str:
         ({"training__seq_len": 254}, "seq_len = 254, no multiple of 4, is padded"),
         ({"context_parallel__tile_size": 64}, "tile_size = 64 computes the loss in tiles"),
         ({"training__document_mask": True}, "document_mask = true finds documents"),
+        (
+            {"context_parallel__settings": "auto", "context_parallel__head_chunk": 0}
+            | {"activation_checkpoint__mode": "selective"},
+            'settings = "auto" may choose tiles',
+        ),
     ],
-    ids=["hybrid", "fpdt", "padding", "tiles", "documents"],
+    ids=["hybrid", "fpdt", "padding", "tiles", "documents", "auto"],
 )
 def test_the_stock_trainer_refuses_what_it_does_not_do(
     options: dict[str, object], sentence: str, tmp_path: Path

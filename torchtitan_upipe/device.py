@@ -196,6 +196,18 @@ def memory_of_rank(device_type: str) -> int:
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device_type == "cpu" else total
 
 
+def host_memory_of_rank() -> int:
+    """Bytes of this host's memory that a rank may take: an equal share."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def name_of_device(device_type: str) -> str:
+    """The name of this process's device, as its maker spells it."""
+    name: str = torch._utils._get_device_module(device_type).get_device_name()
+    return name
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left; CPU and pinned allocators say so in words only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY)

@@ -20,11 +20,20 @@ class ContextParallel:
     all heads at once. "torchtitan" is TorchTitan's own context parallelism, for comparison; CUDA only.
     """
 
+    settings: Literal["manual", "auto"] = "manual"
+    """
+    "auto": head_chunk, query_tiles, sequence_chunk, stash, stash_budget_gib, tile_size and [activation_checkpoint] mode
+    and offload become those with which the job is predicted to be fastest on the device at hand, among those that fit
+    into its memory (docs/time.md); a line of the log names them. Where one of these fields is set by hand as well, to
+    other than its default, the job is refused, since one of the two would not count.
+    `python -m torchtitan_upipe.plan --write` keeps a choice in a file.
+    """
+
     head_chunk: int = 0
     """
     UPipe: query heads of the whole group per stage (U), any number up to the model's heads; rounded down to what keeps
-    all ranks equally busy, a multiple or a divisor of the ulysses degree. 0 = the largest with which the job fits into
-    the device's memory, by the ledger.
+    all ranks equally busy, a multiple or a divisor of the ulysses degree. 0 = the fastest, by the model of time, with
+    which the job fits into the device's memory, by the ledger.
     """
 
     ring_degree: int = 1

@@ -20,7 +20,7 @@ from benchmarks.results import GIB, Record
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.kernels.rates import BACKWARD
-from torchtitan_upipe.memory.planner import RESERVE
+from torchtitan_upipe.memory.startup import RESERVE
 
 STEPS = 3  # the first is not timed
 ASSUMED = {"cuda": 3e14, "cpu": 1e10}  # FLOP/s of attention where no line has them, and of matrix products

@@ -35,6 +35,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_batch(config, world_size)
     _check_sequence(config)
     _check_heads(config, model_args)
+    _check_settings(config)
     _check_offload(config, world_size)
     _check_hidden_states(config, world_size)
     _check_seed_checkpoint(config, world_size)
@@ -159,6 +160,35 @@ def _check_heads(config: JobConfig, model_args: BaseModelArgs) -> None:
         raise ValueError(
             f'stash_budget_gib = {cp.stash_budget_gib:g} limits host memory for stash = "host", and stash = '
             f'"{cp.stash}"; set it to a positive number with stash = "host", or remove it.'
+        )
+
+
+def _check_settings(config: JobConfig) -> None:
+    cp = config.context_parallel
+    if cp.settings != "auto":
+        return
+    if cp.method == "torchtitan":
+        raise ValueError(
+            'settings = "auto" has nothing to choose for method = "torchtitan"; remove it, or choose another method.'
+        )
+    planned: list[tuple[str, object, tuple[str, ...]]] = [
+        (
+            "context_parallel",
+            cp,
+            ("head_chunk", "query_tiles", "sequence_chunk", "stash", "stash_budget_gib", "tile_size", "hidden_states"),
+        ),
+        ("activation_checkpoint", config.activation_checkpoint, ("mode", "offload")),
+    ]
+    by_hand = [
+        f"{section}.{name} = {getattr(fields, name)!r}"
+        for section, fields, names in planned
+        for name in names
+        if getattr(fields, name) != getattr(type(fields)(), name)
+    ]
+    if by_hand:
+        raise ValueError(
+            f'context_parallel.settings = "auto" chooses what is set by hand as well: {", ".join(by_hand)}; remove '
+            "these, or settings."
         )
 
 

@@ -110,6 +110,11 @@ class JobShape:
         return self.rows * self.model.dim * self.element
 
     @property
+    def staged(self) -> bool:
+        """Whether ``stash`` applies: the method, or hidden states on the host, walk through stages or chunks."""
+        return self.method in STASHING or self.hidden_on_host
+
+    @property
     def tile_rows(self) -> int:
         """Tokens of a tile in each sequence, where hidden states are in host memory."""
         return min(max(self.tile_size // self.batch, 1), self.tokens)
@@ -120,6 +125,11 @@ class JobShape:
         return self.batch * self.tile_rows * self.model.dim * self.element
 
     @property
+    def narrowed(self) -> bool:
+        """Whether activations are narrower than stored parameters."""
+        return self.element < self.stored
+
+    @property
     def wide(self) -> int:
         """Bytes of an element of a sum."""
         return max(self.element, 4)
@@ -128,8 +138,23 @@ class JobShape:
         """What ``layer`` keeps of its stages: with a budget on the host, later layers keep nothing."""
         if self.stash != "host" or self.stash_budget == 0:
             return self.stash
-        size = self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
-        return "host" if layer < int(self.stash_budget / size) else "none"
+        return "host" if layer < int(self.stash_budget / self.stash_bytes) else "none"
+
+    @property
+    def stash_bytes(self) -> int:
+        """Bytes of one layer's stash: ``o`` and ``lse``."""
+        return self.heads(self.model.heads) + self.rows * self.model.heads * self.wide
+
+    @property
+    def weights(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all weights of the model: embedding, output, norms, blocks."""
+        ends = [(self.model.vocab, self.model.dim)] * (1 if self.model.tied else 2)
+        return (*ends, (self.model.dim,), *self.model.block * self.model.layers)
+
+    @property
+    def own_elements(self) -> int:
+        """Elements of the weights that this rank holds."""
+        return own_elements(self.weights, self.shards)
 
     def heads(self, count: int, rows: int | None = None, element: int | None = None) -> int:
         """Bytes of ``[B, rows, count, d]``; ``rows`` are this rank's tokens unless given."""
@@ -221,6 +246,12 @@ def model_shape(name: str, flavor: str) -> ModelShape:
 def shard_elements(shape: tuple[int, ...], shards: int) -> int:
     """Elements of a weight that a rank holds: FSDP2 cuts the rows, padded."""
     return -(-shape[0] // shards) * prod(shape[1:])
+
+
+@cache
+def own_elements(job_weights: tuple[tuple[int, ...], ...], shards: int) -> int:
+    """Elements that a rank holds of all these weights."""
+    return sum(shard_elements(shape, shards) for shape in job_weights)
 
 
 def _bytes(dtype: str) -> int:

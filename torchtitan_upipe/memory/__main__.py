@@ -44,6 +44,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         config = read_job(job_args, options.world_size, SIMULATED)
         world_size = options.world_size or needed_ranks(config)
+        if config.context_parallel.settings == "auto":
+            raise ValueError(
+                'context_parallel.settings = "auto" is settled on the device; python -m torchtitan_upipe.plan shows '
+                "and writes what would be chosen."
+            )
         if not 0 <= options.rank < world_size:
             raise ValueError(f"--rank {options.rank} must be between 0 and {world_size - 1}.")
         predictions = [predict(config, world_size, options.rank)]

@@ -27,20 +27,26 @@ class Account:
         peak_moment: what ran then.
         moments: the most device bytes at each moment.
         host_peak: the most host bytes so far.
-        host_at_peak: their categories.
     """
 
     def __init__(self) -> None:
         self.live: Counter[str] = Counter()
         self.peak = self.host_peak = 0
         self.at_peak: dict[str, int] = {}
-        self.host_at_peak: dict[str, int] = {}
         self.peak_moment = ""
         self.moments: dict[str, int] = {}
-        self._total = 0
+        self._total = self._host_total = 0
         self._host: Counter[str] = Counter()
+        self._host_at_peak: dict[str, int] = {}
         self._moment = "batch"
         self._category = "other"
+
+    @property
+    def host_at_peak(self) -> dict[str, int]:
+        """The categories of the host's peak: now, or what was noted when it was left."""
+        if self._host_total < self.host_peak:
+            return self._host_at_peak
+        return {category: size for category, size in self._host.items() if size}
 
     @contextmanager
     def during(self, moment: str, category: str) -> Iterator[None]:
@@ -57,9 +63,8 @@ class Account:
         block = Block(category or self._category, int(size), not host)
         if host:
             self._host[block.category] += block.size
-            total = self._host.total()
-            if total > self.host_peak:
-                self.host_peak, self.host_at_peak = total, {k: v for k, v in self._host.items() if v}
+            self._host_total += block.size
+            self.host_peak = max(self.host_peak, self._host_total)
             return block
         self.live[block.category] += block.size
         self._total += block.size
@@ -81,8 +86,10 @@ class Account:
             if block.device:
                 self.live[block.category] -= block.size
                 self._total -= block.size
-            else:
+            elif block.size:
+                self._host_at_peak = self.host_at_peak
                 self._host[block.category] -= block.size
+                self._host_total -= block.size
 
     def recast(self, block: Block, size: int) -> Block:
         """A copy of ``size`` bytes in the place of ``block``, as in another dtype; ``block`` where that is its size."""

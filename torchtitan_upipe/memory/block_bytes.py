@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -53,6 +53,9 @@ class _Walk:
     left: list[Block]
 
 
+Walks = dict[Any, _Walk]  # by the job, as far as attention depends on it, and by pass
+
+
 def _flat(results: tuple[Block, list[Block]]) -> list[Block]:
     return [results[0], *results[1]]
 
@@ -63,13 +66,26 @@ class BlockBytes:
     Args:
         account: where everything is held.
         job: sizes and switches.
+        walks: what attention layers held, of other jobs as well.
     """
 
-    def __init__(self, account: Account, job: JobShape) -> None:
+    def __init__(self, account: Account, job: JobShape, walks: Walks) -> None:
         self.account = account
         self.job = job
         self.inner = job.rows * job.model.inner * job.element
-        self._walks: dict[Any, _Walk] = {}
+        self._walks = walks
+        self._attention = replace(
+            job,
+            tile_size=job.tile_size if job.hidden_on_host else 0,
+            checkpoint=True,
+            offload=False,
+            stash="",
+            stash_budget=0,
+            shards=1,
+            replicas=1,
+            positions=False,
+            state_on_host=False,
+        )  # what a walk does not depend on
 
     def first_run(self, index: int) -> tuple[Block, list[Block]]:
         """The forward pass of a block that will run again: its output, and what outlives the run all the same."""
@@ -173,6 +189,7 @@ class BlockBytes:
 
     def _walk(self, key: Any, walk: Callable[[Any], list[Block]], freed: Sequence[Block] = ()) -> list[Block]:
         """Walk through an attention layer on an account of its own, once for all layers, and take over what it left."""
+        key = self._attention, *key
         if key not in self._walks:
             account = Account()
             with account.during("attention", "attention stage"):

@@ -5,14 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.kernels.deterministic import PROCESSORS, rows_of_a_call, sums_of_dq
 from torchtitan_upipe.kernels.launches import Launch, plan_launches
 from torchtitan_upipe.kernels.simulated import FLASH2, PADDING, VARLEN
-from torchtitan_upipe.kernels.visibility import Interval, Piece, Tokens, visible_pieces
+from torchtitan_upipe.kernels.visibility import Interval, Known, Piece, Tokens, visible_pieces
 from torchtitan_upipe.memory.account import Account, Block
+
+
+@lru_cache(4096)
+def _seen(queries: Tokens, keys: Tokens) -> Known[Piece]:
+    """What queries see, and with it what launches it takes, found once for all stages of a job and its like."""
+    return visible_pieces(queries, keys)
 
 
 class AttentionBytes:
@@ -72,11 +79,11 @@ class AttentionBytes:
         job = self.job
         if self.chunks is not None:
             queries, keys = self.chunks
-            return visible_pieces(Tokens((queries,)).rows(self.rows), Tokens((keys,)))
+            return _seen(Tokens((queries,)).rows(self.rows), Tokens((keys,)))
         ring_rank = job.rank // job.ulysses
         mine = zigzag_tokens(job.length, ring_rank, job.ring).rows(self.rows)
         arrived: Tokens = zigzag_tokens(job.length, (ring_rank - step) % job.ring, job.ring)
-        return visible_pieces(mine, arrived)
+        return _seen(mine, arrived)
 
     def _parts(self, pieces: Sequence[Piece]) -> Iterator[tuple[Block, Block, int]]:
         """``out``, ``lse`` and the number of rows of what ``partial_attention`` yields; the caller frees the blocks."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan_upipe.job.shape import JobShape, job_shape
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, head_backward, head_forward
+from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, Walks, head_backward, head_forward
 from torchtitan_upipe.memory.fpdt_bytes import FPDTBytes
 from torchtitan_upipe.memory.host_bytes import (
     HostBlockBytes,
@@ -37,10 +37,14 @@ def predict(config: JobConfig, world_size: int | None = None, rank: int = 0, wor
     return predict_shape(job_shape(config, world_size, rank, workspace))
 
 
-def predict_shape(job: JobShape) -> Prediction:
-    """Predict the peak of a job given by its shape."""
+def predict_shape(job: JobShape, walks: Walks | None = None) -> Prediction:
+    """Predict the peak of a job given by its shape.
+
+    Args:
+        walks: remembers what attention layers held, for further jobs whose attention is the same.
+    """
     account = Account()
-    _Step(account, job).run()
+    _Step(account, job, {} if walks is None else walks).run()
     return Prediction(
         account.peak,
         account.host_peak,
@@ -54,12 +58,12 @@ def predict_shape(job: JobShape) -> Prediction:
 class _Step:
     """One training step of one rank, steady state."""
 
-    def __init__(self, account: Account, job: JobShape) -> None:
+    def __init__(self, account: Account, job: JobShape, walks: Walks) -> None:
         model = job.model
         self.account = account
         self.job = job
         kind = HostBlockBytes if job.hidden_on_host else TiledBlockBytes if job.tile_size else BlockBytes
-        self.block = kind(account, job)
+        self.block = kind(account, job, walks)
         self.shards = ShardsBytes(account, job)
         embedding, norm = (model.vocab, model.dim), (model.dim,)
         self.embedding = [] if model.tied else [embedding]

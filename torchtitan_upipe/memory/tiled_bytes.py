@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept
+from torchtitan_upipe.memory.block_bytes import BlockBytes, Kept, Walks
 
 
 class TiledBlockBytes(BlockBytes):
     """The account of one block whose norms and feed-forward work in tiles of rows."""
 
-    def __init__(self, account: Account, job: JobShape) -> None:
-        super().__init__(account, job)
+    def __init__(self, account: Account, job: JobShape, walks: Walks) -> None:
+        super().__init__(account, job, walks)
         rows = min(job.tile_size, job.rows)
         self.tile = rows * job.model.dim * job.element
         self.wide_tile = rows * job.model.dim * job.wide

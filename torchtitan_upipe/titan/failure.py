@@ -8,7 +8,7 @@ from torchtitan.config import JobConfig
 
 from torchtitan_upipe.device import is_out_of_memory
 from torchtitan_upipe.launch import keep_traceback
-from torchtitan_upipe.memory.planner import explain_out_of_memory
+from torchtitan_upipe.memory.remedies import explain_out_of_memory
 
 EXPLAINED = (ValueError, AssertionError, OSError)  # what the project, TorchTitan and torch refuse a job with
 

@@ -30,7 +30,6 @@ from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.job.check import validate_job
 from torchtitan_upipe.job.shape import job_shape
 from torchtitan_upipe.kernels.select import build_kernel
-from torchtitan_upipe.memory.planner import fill_head_chunk
 from torchtitan_upipe.stash.hidden import HiddenStates
 from torchtitan_upipe.stash.host_pool import HostPool
 from torchtitan_upipe.stash.offload import BlockOffload, OffloadedBlock
@@ -39,6 +38,7 @@ from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.dims import AttachedDims, TrainerDims
 from torchtitan_upipe.titan.hidden import hide_states
 from torchtitan_upipe.titan.rope import RopeOfModel
+from torchtitan_upipe.titan.settings import choose_settings
 from torchtitan_upipe.titan.tiled import tile_model
 
 NewStash = Callable[[], Stash]
@@ -67,7 +67,7 @@ class Parallelize:
         if not isinstance(parallel_dims, TrainerDims):
             _check_for_stock_trainer(job_config, parallel_dims.world_size)
             validate_job(job_config, model_args, parallel_dims.world_size, device_type)
-        fill_head_chunk(job_config, parallel_dims.world_size, device_type)
+        choose_settings(job_config, parallel_dims.world_size)
         cp = job_config.context_parallel  # the stock trainer shards by the field set here
         job_config.parallelism.context_parallel_load_balancer = load_balancer(cp.method, cp.ring_degree)
         dims: Any = parallel_dims
@@ -144,6 +144,7 @@ def _check_for_stock_trainer(config: JobConfig, world_size: int) -> None:
         f"training.seq_len = {length}, no multiple of {divisor}, is padded": length % divisor != 0,
         f"context_parallel.tile_size = {cp.tile_size} computes the loss in tiles": cp.tile_size > 0,
         f"context_parallel.ring_degree = {cp.ring_degree} shards for a hybrid": cp.ring_degree not in (1, degree),
+        'context_parallel.settings = "auto" may choose tiles': cp.settings == "auto",
         'context_parallel.method = "fpdt" shards each chunk of the sequence': cp.method == "fpdt" and degree > 1,
         "training.document_mask = true finds documents": config.training.document_mask,
         "training.enable_cpu_offload = true gives one rank to FSDP2": (

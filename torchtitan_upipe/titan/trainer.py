@@ -22,6 +22,7 @@ from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
 from torchtitan_upipe.titan.checkpoint import Checkpoints
 from torchtitan_upipe.titan.dims import TrainerDims
+from torchtitan_upipe.titan.settings import choose_settings
 from torchtitan_upipe.titan.tiled import summed_loss
 
 
@@ -74,6 +75,7 @@ class Trainer(torchtitan.train.Trainer):
         training.enable_cpu_offload = offload and device_type != "cpu"
         dims = super().init_distributed()
         training.enable_cpu_offload = offload
+        choose_settings(self.job_config, dims.world_size)
         known = {field.name: getattr(dims, field.name) for field in fields(dims) if field.init}
         return TrainerDims(**known, shard_one=offload and dims.world_size == 1)
 
