@@ -85,6 +85,7 @@ def published_job(figure: Published) -> JobShape:
         tile_size=0,
         checkpoint=True,
         offload=True,
+        hidden_on_host=False,
         positions=True,
         kernel="flash3",
         deterministic=False,

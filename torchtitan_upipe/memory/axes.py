@@ -31,6 +31,7 @@ class Axis:
         fields_of_file: what a job file says for a job's value, by section.
         methods: those that have the setting.
         last: how many of the last values may need the least device memory.
+        both_ends: the first value may need the least host memory.
         at_start: whether a job that has started may still be given it.
     """
 
@@ -39,6 +40,7 @@ class Axis:
     fields_of_file: Callable[[JobShape], Settings]
     methods: tuple[str, ...] = EVERY
     last: int = 1
+    both_ends: bool = False
     at_start: bool = True
 
 
@@ -104,7 +106,11 @@ AXES = (
     Axis(("stash", "stash_budget"), lambda _: [(s, 0.0) for s in STASHES], _stash, STASHING, last=2),
     Axis(("head_chunk",), lambda job: [(c,) for c in all_head_chunks(job)], _plain("head_chunk"), ("upipe",)),
     Axis(
-        ("query_tiles",), lambda job: [(t,) for t in QUERY_TILES if t <= job.tokens], _plain("query_tiles"), ("upipe",)
+        ("query_tiles",),
+        lambda job: [(t,) for t in QUERY_TILES if t <= job.tokens],
+        _plain("query_tiles"),
+        ("upipe",),
+        both_ends=True,
     ),
     Axis(
         ("sequence_chunk",),
@@ -123,8 +129,8 @@ def candidates(job: JobShape, axes: Sequence[Axis] = AXES) -> Iterator[JobShape]
 
 
 def sparing(job: JobShape, axes: Sequence[Axis] = AXES) -> Iterator[JobShape]:
-    """The settings of ``job``'s method among which are those that need least device memory."""
-    yield from _span(job, axes, lambda axis, values: values[-axis.last :])
+    """The settings of ``job``'s method among which are those that need least memory."""
+    yield from _span(job, axes, lambda axis, values: [*values[: int(axis.both_ends)], *values[-axis.last :]])
 
 
 def _span(
