@@ -86,7 +86,7 @@ def _check_checkpoints(config: JobConfig) -> None:
             f"checkpoint.load_step = {step} is not in {folder}, which holds "
             f"{'steps ' + ', '.join(map(str, steps)) if steps else 'no checkpoint'}; choose one of these, or -1."
         )
-    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors.index.json")):
+    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors*")):
         return  # which TorchTitan then goes on from
     if folder.exists() and (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         raise ValueError(

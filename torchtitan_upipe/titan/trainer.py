@@ -22,6 +22,7 @@ from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
 from torchtitan_upipe.titan.checkpoint import Checkpoints
 from torchtitan_upipe.titan.dims import TrainerDims
+from torchtitan_upipe.titan.export import model_files
 from torchtitan_upipe.titan.tiled import summed_loss
 
 
@@ -38,6 +39,7 @@ class Trainer(torchtitan.train.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         with _own_checkpoints():
             super().__init__(job_config)
+        self.checkpointer.model_files = model_files(job_config, self.model_args)
         method = job_config.context_parallel.method
         attached = any(isinstance(m, ContextParallelAttention) for part in self.model_parts for m in part.modules())
         if method != "torchtitan" and not attached:
