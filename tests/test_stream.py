@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,6 +216,16 @@ def test_iterating_again_goes_on_and_restart_begins_anew(rows: Any) -> None:
     assert sequences(iter(data), 3) + sequences(iter(data), 3) == whole[:6]
     data.restart()
     assert sequences(iter(data), 4) == whole[:4]
+
+
+def test_the_end_of_a_document_predicts_nothing(rows: Any) -> None:
+    """Of all labels only the first tokens of documents are ignored, and nothing else changes."""
+    kept, masked = stream(rows), stream(rows, document_end=0)
+    for (item, labels), (same, fewer) in zip(islice(kept, 40), islice(masked, 40), strict=True):
+        assert torch.equal(item["input"], same["input"])
+        ends = item["input"] == 0
+        assert set(labels[ends].tolist()) <= {ord(text[0]) for text in TEXTS}
+        assert torch.equal(fewer, labels.masked_fill(ends, -100))
 
 
 def test_other_data_is_refused(rows: Any) -> None:

@@ -131,12 +131,19 @@ class Parallelism(titan.Parallelism):
 
 @dataclass
 class Training(titan.Training):
-    """TorchTitan's section with one more field."""
+    """TorchTitan's section with more fields."""
 
     document_mask: bool = False
     """
     Packed documents: tokens attend within their own document only (block-causal), and positions start anew in each.
     Documents end with the tokenizer's end-of-sequence token.
+    """
+
+    labels_across_documents: bool = False
+    """
+    Whether the last token of a document, the end-of-sequence token, is trained to predict the first one of the next
+    document, as in TorchTitan's own data; else that label is ignored, in training and validation, with and without
+    document_mask.
     """
 
 

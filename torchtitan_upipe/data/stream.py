@@ -13,16 +13,16 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from torchtitan_upipe.data.dealing import Position, Taken, deal_again
+from torchtitan_upipe.tiled.loss import IGNORE_INDEX
+
+Example = tuple[dict[str, Tensor], Tensor]
 
 
-class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tensor]]):
-    """Sequences of ``seq_len`` tokens from this rank's documents, one joined to the next as TorchTitan joins them.
+class DocumentStream(torch.utils.data.IterableDataset[Example]):
+    """Sequences of tokens from this rank's documents; a subclass says how documents become sequences.
 
     Args:
         rows: a dataset of documents; all ranks have the same, and read every document or skip it.
-        text_of: from a row to its text.
-        encode: from a text to its tokens, begin and end of the document included.
-        seq_len: ``S``.
         rank: data-parallel rank.
         ranks: number of them.
         endless: begin again at the end.
@@ -32,9 +32,6 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
     def __init__(
         self,
         rows: Dataset | IterableDataset,
-        text_of: Callable[[Any], str],
-        encode: Callable[[str], list[int]],
-        seq_len: int,
         *,
         rank: int = 0,
         ranks: int = 1,
@@ -42,46 +39,61 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         source: str = "",
     ) -> None:
         self.rows = rows
-        self.text_of = text_of
-        self.encode = encode
-        self.seq_len = seq_len
         self.rank = rank
         self.endless = endless
         self.source = source
         self._position = Position(ranks)
-        self._tokens: list[int] = []
+        self._waiting: list[Any] = []  # what was read and is not in a sequence yet: a part of the state
         self._rows_state: dict[str, Any] | None = None  # loaded, and no row read since
         self._first_row = copy.deepcopy(rows.state_dict()) if isinstance(rows, IterableDataset) else None
 
     def restart(self) -> None:
         """Begin at the first document again."""
-        self._position, self._tokens, self._rows_state = Position(self._position.ranks), [], None
+        self._position, self._waiting, self._rows_state = Position(self._position.ranks), [], None
         if self._first_row is not None:
             self.rows.load_state_dict(self._first_row)  # in the place of one that was loaded for this epoch
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """``{"input": [S]}`` and labels ``[S]``, int64.
+        """``{"input": [S]}``, with what else the model needs to know, and labels ``[S]``, int64.
 
         Raises:
-            ValueError: a pass over the data has no document for this rank.
+            ValueError: a pass over the data has no document for this rank, or none that can be used.
         """
         yield from self._sequences()
         while True:
-            empty = self._position.next == 0 and self._position.number not in self._position.taken
-            for text in self._documents():
-                empty = False
-                self._tokens += self.encode(text)
+            whole = self._position.next == 0 and self._position.number not in self._position.taken
+            read = used = False
+            for row in self._documents():
+                read = True
+                used |= self._add(row)
                 yield from self._sequences()
             at = self._position
-            if empty:
+            if whole and not read:
                 raise ValueError(
                     f"{self.source}: its {at.next} documents leave data-parallel rank {self.rank} of {at.ranks} "
                     "without one; use more documents or fewer data-parallel ranks."
                 )
+            self._end_pass(whole and not used)
             if not self.endless:
-                self.restart()  # without what does not fill a sequence
+                yield from self._rest()
+                self.restart()
                 return
             self._position = replace(at, number=at.number + 1, next=0, length=at.next)
+
+    def _add(self, row: Any) -> bool:
+        """Let a document wait to be in a sequence; return whether it is used."""
+        raise NotImplementedError
+
+    def _sequences(self) -> Iterator[Example]:
+        """The sequences that what waits makes; it waits no longer."""
+        raise NotImplementedError
+
+    def _rest(self) -> Iterator[Example]:
+        """What is left at the end of data that is read once; nothing of what does not fill a sequence."""
+        return iter(())
+
+    def _end_pass(self, unused: bool) -> None:
+        """A pass has ended; ``unused``: it was a whole one, and no document of it was used."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands; see :meth:`load_state_dict`."""
@@ -91,7 +103,7 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         return {
             "source": self.source,
             "position": asdict(self._position),
-            "tokens": list(self._tokens),
+            "waiting": copy.deepcopy(self._waiting),
             "rows": copy.deepcopy(rows),
         }
 
@@ -114,25 +126,25 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
         ranks = self._position.ranks
         if len(states) == 1 and positions[0].ranks == ranks:
             self._position, behind = positions[0], states[0]
-            self._tokens = list(states[0]["tokens"])
+            self._waiting = copy.deepcopy(states[0]["waiting"])
         else:
             self._position = deal_again(positions, ranks)
             behind = min(states, key=lambda s: (s["position"]["number"], s["position"]["next"]))
             mine = states[self.rank :: ranks]  # what was read and not yet trained on goes round, too
-            self._tokens = [token for state in mine for token in state["tokens"]]
+            self._waiting = [item for state in mine for item in copy.deepcopy(state["waiting"])]
         if isinstance(self.rows, IterableDataset):
             self.rows.set_epoch(self._position.number)  # a state is honoured only in its own epoch
             self.rows.load_state_dict(behind["rows"])
             self._rows_state = behind["rows"]
 
     def _check(self, state: dict[str, Any]) -> None:
-        if "position" not in state:
+        if not {"position", "waiting"} <= state.keys():
             raise ValueError("the checkpoint's data state was written by another data loader.")
         if state["source"] != self.source:
             raise ValueError(f"the checkpoint was trained on {state['source']}, and this job reads {self.source}.")
 
-    def _documents(self) -> Iterator[str]:
-        """Texts of this rank from where it stands to the end of the pass; the position moves before each."""
+    def _documents(self) -> Iterator[Any]:
+        """Rows of this rank from where it stands to the end of the pass; the position moves before each."""
         rows: Any = self.rows
         if isinstance(self.rows, IterableDataset):
             self.rows.set_epoch(self._position.number)  # which also lets go of a state that was loaded
@@ -144,14 +156,51 @@ class TokenStream(torch.utils.data.IterableDataset[tuple[dict[str, Tensor], Tens
             index = self._position.next
             self._position = replace(self._position, next=index + 1)
             if self._position.taken_now.owner(index, self._position.ranks) == self.rank:
-                yield self.text_of(row)
+                yield row
 
-    def _sequences(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+
+class TokenStream(DocumentStream):
+    """Sequences of ``seq_len`` tokens from documents of text, one joined to the next as TorchTitan joins them.
+
+    Args:
+        rows: see :class:`DocumentStream`.
+        text_of: from a row to its text.
+        encode: from a text to its tokens, begin and end of the document included.
+        seq_len: ``S``.
+        document_end: the token that ends a document, whose label, the first token of the next one, is ignored; None
+            keeps these labels, as TorchTitan does.
+        others: see :class:`DocumentStream`.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | IterableDataset,
+        text_of: Callable[[Any], str],
+        encode: Callable[[str], list[int]],
+        seq_len: int,
+        *,
+        document_end: int | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(rows, **others)
+        self.text_of = text_of
+        self.encode = encode
+        self.seq_len = seq_len
+        self.document_end = document_end
+
+    def _add(self, row: Any) -> bool:
+        self._waiting += self.encode(self.text_of(row))
+        return True
+
+    def _sequences(self) -> Iterator[Example]:
         length = self.seq_len + 1
-        while len(self._tokens) >= length:
-            tokens = torch.tensor(self._tokens[:length], dtype=torch.int64)
-            self._tokens = self._tokens[length:]
-            yield {"input": tokens[:-1]}, tokens[1:]
+        while len(self._waiting) >= length:
+            tokens = torch.tensor(self._waiting[:length], dtype=torch.int64)
+            self._waiting = self._waiting[length:]
+            inputs, labels = tokens[:-1], tokens[1:]
+            if self.document_end is not None:
+                labels = labels.masked_fill(inputs == self.document_end, IGNORE_INDEX)
+            yield {"input": inputs}, labels
 
 
 def _position(state: dict[str, Any]) -> Position:

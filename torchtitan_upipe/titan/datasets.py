@@ -95,21 +95,22 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
     Raises:
         ValueError: data that cannot be read.
     """
-    return _build("training", job_config.training, dp_world_size, dp_rank, tokenizer, endless=True)
+    return _build("training", job_config, dp_world_size, dp_rank, tokenizer, endless=True)
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> Dataloader:
     """``[validation] dataset``: again and again, or once if ``steps = -1``."""
-    validation = job_config.validation
-    return _build("validation", validation, dp_world_size, dp_rank, tokenizer, endless=validation.steps != -1)
+    endless = job_config.validation.steps != -1
+    return _build("validation", job_config, dp_world_size, dp_rank, tokenizer, endless)
 
 
 def _build(
-    section_name: str, section: Any, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool
+    section_name: str, job_config: JobConfig, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool
 ) -> Dataloader:
-    """A loader of ``section``, which is ``[training]`` or ``[validation]``."""
+    """A loader of the section ``[training]`` or ``[validation]``."""
+    section = getattr(job_config, section_name)
     name = section.dataset.lower()
     config = DATASETS[name]
     path = section.dataset_path or config.path
@@ -129,6 +130,7 @@ def _build(
         config.sample_processor,
         lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
         section.seq_len,
+        document_end=None if job_config.training.labels_across_documents else tokenizer.eos_id,
         rank=rank,
         ranks=ranks,
         endless=endless,

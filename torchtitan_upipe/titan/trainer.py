@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torchtitan.train
 from torch import Tensor
@@ -93,13 +94,15 @@ class Trainer(torchtitan.train.Trainer):
         """One micro-batch, as TorchTitan does without pipelining; a tiled model computes its loss itself.
 
         Returns:
-            This rank's share of the mean loss per token: a scalar whose sum over ranks is the mean.
+            This rank's share of the mean loss per label that is not ignored, over all ranks and micro-batches of the
+            step: a scalar whose sum over ranks and micro-batches is the mean, 0 where all labels are ignored.
         """
         inputs, labels, extra_inputs, kwargs = self.post_dataloading_process(input_dict, labels)
         (model,) = self.model_parts
         with self.train_context():
             with self.maybe_enable_amp:
-                loss = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs) / global_valid_tokens
+                total = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs)
+                loss = total / torch.as_tensor(global_valid_tokens).clamp(min=1)
             loss.backward()
         return loss
 

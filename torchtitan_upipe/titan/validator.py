@@ -90,7 +90,7 @@ class ContextParallelValidator(BaseValidator):
         eos_id = getattr(self.tokenizer, "eos_id", None)
         local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config, eos_id)
         with self.validation_context(), self.maybe_enable_amp:
-            return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / tokens
+            return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / max(float(tokens), 1.0)
 
 
 def build_validator(
