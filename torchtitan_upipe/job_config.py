@@ -139,6 +139,12 @@ class Training(titan.Training):
     Documents end with the tokenizer's end-of-sequence token.
     """
 
+    longer_conversations: Literal["drop", "cut"] = "drop"
+    """
+    dataset = "chat": what becomes of a conversation with more tokens than a sequence, in training and validation; "cut"
+    keeps its beginning. With document_mask several conversations share a sequence, else each has its own, padded.
+    """
+
     labels_across_documents: bool = False
     """
     Whether the last token of a document, the end-of-sequence token, is trained to predict the first one of the next

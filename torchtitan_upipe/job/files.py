@@ -25,6 +25,7 @@ def check_files(config: JobConfig, vocab_size: int) -> None:
     """
     _check_tokenizer(Path(config.model.hf_assets_path), vocab_size)
     _check_dataset("training", config.training)
+    _check_chat(config)
     if config.validation.enable:
         _check_dataset("validation", config.validation)
     if config.checkpoint.enable:
@@ -59,15 +60,32 @@ def _check_dataset(name: str, section: Any) -> None:
         raise ValueError(
             f"{name}.dataset = {section.dataset!r} is unknown; choose one of {', '.join(sorted(DATASETS))}."
         )
-    if dataset == "local" and not path:
-        raise ValueError(f'{name}.dataset = "local" needs {name}.dataset_path, a file or a folder.')
-    if path and dataset in ("local", "stdlib") and not Path(path).exists():
+    if dataset in ("local", "chat") and not path:
+        raise ValueError(f'{name}.dataset = "{dataset}" needs {name}.dataset_path, a file or a folder.')
+    if path and dataset in ("local", "chat", "stdlib") and not Path(path).exists():
         raise ValueError(f"{name}.dataset_path = {path!r} does not exist.")
     default = DATASETS[dataset].path
     if not path and default.startswith("tests/") and not Path(default).exists():
         raise ValueError(
             f"{name}.dataset = {section.dataset!r} reads {default}, which is part of TorchTitan's source tree and not "
             f'here; set {name}.dataset_path, or use dataset = "stdlib".'
+        )
+
+
+def _check_chat(config: JobConfig) -> None:
+    """Refuse options of other data than the job's."""
+    training = config.training
+    sections = [training, config.validation] if config.validation.enable else [training]
+    chat = [section.dataset.lower() == "chat" for section in sections]
+    if training.longer_conversations != "drop" and not any(chat):
+        raise ValueError(
+            f'training.longer_conversations = "{training.longer_conversations}" is about conversations, and no dataset '
+            'is "chat"; remove it.'
+        )
+    if training.labels_across_documents and all(chat):
+        raise ValueError(
+            "training.labels_across_documents = true is about text, and a conversation never predicts the next one; "
+            "remove it."
         )
 
 

@@ -14,22 +14,24 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from torchtitan_upipe.data.stream import TokenStream
+from torchtitan_upipe.data.chat import ChatStream, ChatTemplate, load_chat
+from torchtitan_upipe.data.stream import DocumentStream, TokenStream
 from torchtitan_upipe.data.text import load_local, load_stdlib, text_of
 
 BEGIN_AGAIN = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this job\'s data at its start'
 
 
 def register_datasets() -> None:
-    """Add ``"stdlib"`` and ``"local"`` to the datasets that TorchTitan knows by name."""
+    """Add ``"stdlib"``, ``"local"`` and ``"chat"`` to the datasets that TorchTitan knows by name."""
     DATASETS["stdlib"] = DatasetConfig(path="", loader=load_stdlib, sample_processor=text_of)
     DATASETS["local"] = DatasetConfig(path="", loader=load_local, sample_processor=text_of)
+    DATASETS["chat"] = DatasetConfig(path="", loader=load_chat, sample_processor=lambda row: row["messages"])
 
 
 class Dataloader(ParallelAwareDataloader):
-    """TorchTitan's loader of a :class:`TokenStream`; its state can be loaded by any number of data-parallel ranks."""
+    """TorchTitan's loader of a :class:`DocumentStream`; any number of data-parallel ranks can load its state."""
 
-    dataset: TokenStream
+    dataset: DocumentStream
     _saved_ranks: int | None = None
 
     def expect(self, ranks: int) -> None:
@@ -125,16 +127,32 @@ def _build(
             f"{source} cannot be opened ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
             f"set {section_name}.dataset, or {section_name}.dataset_path to a copy on this machine."
         ) from error
-    stream = TokenStream(
-        rows,
-        config.sample_processor,
-        lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
-        section.seq_len,
-        document_end=None if job_config.training.labels_across_documents else tokenizer.eos_id,
-        rank=rank,
-        ranks=ranks,
-        endless=endless,
-        source=source,
+    stream = _stream(
+        name, rows, section.seq_len, tokenizer, job_config, rank=rank, ranks=ranks, endless=endless, source=source
     )
     options = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
     return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **options)
+
+
+def _stream(
+    name: str, rows: Any, seq_len: int, tokenizer: BaseTokenizer, job_config: JobConfig, **place: Any
+) -> DocumentStream:
+    """Sequences of the dataset ``name``; ``place`` are the other arguments of a :class:`DocumentStream`."""
+    training = job_config.training
+    if name == "chat":
+        return ChatStream(
+            rows,
+            ChatTemplate(job_config.model.hf_assets_path),
+            seq_len,
+            packed=training.document_mask,
+            cut=training.longer_conversations == "cut",
+            **place,
+        )
+    return TokenStream(
+        rows,
+        DATASETS[name].sample_processor,
+        lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
+        seq_len,
+        document_end=None if training.labels_across_documents else tokenizer.eos_id,
+        **place,
+    )

@@ -84,8 +84,14 @@ class Trainer(torchtitan.train.Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
         """``input_dict["input"]`` and ``labels``, both ``[B, S]``, to this rank's ``[B, N]``."""
-        eos_id = getattr(self.tokenizer, "eos_id", None)
-        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config, eos_id)
+        inputs, labels, kwargs = shard_batch(
+            input_dict["input"],
+            labels,
+            self.parallel_dims,
+            self.job_config,
+            getattr(self.tokenizer, "eos_id", None),
+            input_dict.get("starts"),
+        )
         return inputs, labels, {}, kwargs
 
     def forward_backward_step(
