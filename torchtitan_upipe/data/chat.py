@@ -257,8 +257,8 @@ class ChatStream(DocumentStream):
         self._log()
         if unused:
             raise ValueError(
-                f"{self.source}: data-parallel rank {self.rank} can train on none of its {self.read} conversations, "
-                f"{self._counts()}; raise the sequence length or look at the messages' roles."
+                f"{self.source}: data-parallel rank {self.reader.rank} can train on none of its {self.read} "
+                f"conversations, {self._counts()}; raise the sequence length or look at the messages' roles."
             )
 
     def _counts(self) -> str:
