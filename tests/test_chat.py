@@ -21,6 +21,7 @@ from tests.jobs import from_seed, job_args, seed_checkpoint, train
 from tests.pretrained import TOKENIZER
 from tests.test_train import LLAMA, METHODS, ULYSSES, assert_same
 from torchtitan_upipe.data.chat import ChatStream, ChatTemplate, Encoded, load_chat
+from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.job.read import read_job
 
 TURN = "{{ m.role }}:\n"
@@ -160,11 +161,14 @@ def encode(row: dict[str, Any]) -> Encoded:
 LENGTHS = [random.Random(i).randint(2, LENGTH + 1) for i in range(40)]
 
 
-def stream(folder: Path, lengths: list[int], packed: bool = True, cut: bool = False, **others: Any) -> ChatStream:
+def stream(
+    folder: Path, lengths: list[int], packed: bool = True, cut: bool = False, endless: bool = True, **place: int
+) -> ChatStream:
     folder.mkdir(exist_ok=True)
     lines = [{"messages": [{"role": "user", "content": f"{i} {n}"}]} for i, n in enumerate(lengths, 1)]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return ChatStream(load_chat(str(folder)), encode, LENGTH, packed=packed, cut=cut, source="these", **others)
+    reader = Reader(load_chat(str(folder)), source="these", **place)
+    return ChatStream(reader, encode, LENGTH, packed=packed, cut=cut, endless=endless)
 
 
 def conversations(example: tuple[dict[str, Tensor], Tensor]) -> list[tuple[list[int], list[int]]]:

@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.strategies import patient
 from torchtitan_upipe.data.dealing import Position, Taken, deal_again
+from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.data.stream import TokenStream
 from torchtitan_upipe.data.text import load_local, text_of
 from torchtitan_upipe.titan.datasets import Dataloader
@@ -28,7 +29,7 @@ from torchtitan_upipe.titan.datasets import Dataloader
 DOCUMENTS = 7
 
 
-class Reader:
+class OneRank:
     """A rank of the simplest kind: reads ``steps`` documents of its own, over passes of ``DOCUMENTS``."""
 
     def __init__(self, rank: int, position: Position) -> None:
@@ -55,7 +56,7 @@ def test_every_document_is_read_once_whatever_the_ranks_do(data: st.DataObject) 
     position = Position(data.draw(st.integers(1, 4)))
     read: Counter[tuple[int, int]] = Counter()
     for _ in range(data.draw(st.integers(1, 4))):
-        readers = [Reader(rank, position) for rank in range(position.ranks)]
+        readers = [OneRank(rank, position) for rank in range(position.ranks)]
         for reader in readers:
             reader.run(data.draw(st.integers(0, 9)))
             read.update(reader.read)
@@ -63,7 +64,7 @@ def test_every_document_is_read_once_whatever_the_ranks_do(data: st.DataObject) 
         position = deal_again(positions, data.draw(st.integers(1, 4)))
         assert pickle.loads(pickle.dumps(position)) == position
     last = position.number + 3
-    readers = [Reader(rank, position) for rank in range(position.ranks)]
+    readers = [OneRank(rank, position) for rank in range(position.ranks)]
     for reader in readers:
         while reader.position.number < last:
             reader.run(1)
@@ -107,7 +108,8 @@ def encode(text: str) -> list[int]:
 
 
 def stream(rows: Any, rank: int = 0, ranks: int = 1, source: str = "these", **options: Any) -> TokenStream:
-    return TokenStream(rows(), text_of, encode, 10, rank=rank, ranks=ranks, source=source, **options)
+    reader = Reader(rows(), rank=rank, ranks=ranks, source=source)
+    return TokenStream(reader, lambda row: encode(text_of(row)), 10, **options)
 
 
 def sequences(iterator: Iterator[Any], count: int) -> list[list[int]]:

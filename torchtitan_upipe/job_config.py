@@ -131,7 +131,12 @@ class Parallelism(titan.Parallelism):
 
 @dataclass
 class Training(titan.Training):
-    """TorchTitan's section with more fields."""
+    """TorchTitan's section with more fields.
+
+    Beside TorchTitan's datasets there are "stdlib", "local", "chat" (.jsonl or .parquet with `messages`) and "mixture",
+    whose `dataset_path` is a TOML file of tables [[source]]: `dataset`, `dataset_path`, `weight` (share of the tokens),
+    `min_tokens` and `max_tokens` (of a document).
+    """
 
     document_mask: bool = False
     """

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from torchtitan_upipe.data import rows
+from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.data.stream import DocumentStream, Example
 from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 
@@ -175,27 +176,27 @@ class ChatStream(DocumentStream):
     The last token of a conversation predicts nothing, and is left out.
 
     Args:
-        rows: see :class:`~torchtitan_upipe.data.stream.DocumentStream`.
+        reader: the conversations.
         encode: from a row to tokens, and which of them the assistant says.
         seq_len: ``S``.
         packed: several conversations a sequence.
         cut: keep the first ``seq_len`` tokens of a longer conversation, which otherwise is dropped.
         padding: a token.
-        others: see :class:`~torchtitan_upipe.data.stream.DocumentStream`.
+        endless: begin again at the end.
     """
 
     def __init__(
         self,
-        rows: Dataset | IterableDataset,
+        reader: Reader,
         encode: Callable[[dict[str, Any]], Encoded],
         seq_len: int,
         *,
         packed: bool,
         cut: bool,
         padding: int = 0,
-        **others: Any,
+        endless: bool = True,
     ) -> None:
-        super().__init__(rows, **others)
+        super().__init__(reader, endless=endless)
         self.encode = encode
         self.seq_len = seq_len
         self.packed = packed

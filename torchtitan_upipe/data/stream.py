@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from torchtitan_upipe.data.mixture import Mixture
 from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 
@@ -20,25 +20,14 @@ class DocumentStream(torch.utils.data.IterableDataset[Example]):
     """Sequences of tokens from this rank's documents; a subclass says how documents become sequences.
 
     Args:
-        rows: a dataset of documents; all ranks have the same, and read every document or skip it.
-        rank: data-parallel rank.
-        ranks: number of them.
+        reader: the documents.
         endless: begin again at the end.
-        source: names the data in a checkpoint, which is refused for others.
     """
 
-    def __init__(
-        self,
-        rows: Dataset | IterableDataset,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        endless: bool = True,
-        source: str = "",
-    ) -> None:
-        self.reader = Reader(rows, rank=rank, ranks=ranks, source=source)
+    def __init__(self, reader: Reader | Mixture, *, endless: bool = True) -> None:
+        self.reader = reader
         self.endless = endless
-        self.source = source
+        self.source = reader.source
         self._waiting: list[Any] = []  # what was read and is not in a sequence yet: a part of the state
 
     def restart(self) -> None:
@@ -109,33 +98,30 @@ class TokenStream(DocumentStream):
     """Sequences of ``seq_len`` tokens from documents of text, one joined to the next as TorchTitan joins them.
 
     Args:
-        rows: see :class:`DocumentStream`.
-        text_of: from a row to its text.
-        encode: from a text to its tokens, begin and end of the document included.
+        reader: the documents.
+        encode: from a document to its tokens, begin and end included.
         seq_len: ``S``.
         document_end: the token that ends a document, whose label, the first token of the next one, is ignored; None
             keeps these labels, as TorchTitan does.
-        others: see :class:`DocumentStream`.
+        endless: begin again at the end.
     """
 
     def __init__(
         self,
-        rows: Dataset | IterableDataset,
-        text_of: Callable[[Any], str],
-        encode: Callable[[str], list[int]],
+        reader: Reader | Mixture,
+        encode: Callable[[Any], list[int]],
         seq_len: int,
         *,
         document_end: int | None = None,
-        **others: Any,
+        endless: bool = True,
     ) -> None:
-        super().__init__(rows, **others)
-        self.text_of = text_of
+        super().__init__(reader, endless=endless)
         self.encode = encode
         self.seq_len = seq_len
         self.document_end = document_end
 
     def _add(self, row: Any) -> bool:
-        self._waiting += self.encode(self.text_of(row))
+        self._waiting += self.encode(row)
         return True
 
     def _sequences(self) -> Iterator[Example]:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from torchtitan_upipe.data.mixture import read_mixture
+
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -56,6 +58,9 @@ def _check_tokenizer(assets: Path, vocab_size: int) -> None:
 def _check_dataset(name: str, section: Any) -> None:
     """Refuse what is known not to be there without reading it; the data loader reads on and says the rest."""
     dataset, path = section.dataset.lower(), section.dataset_path
+    if dataset == "mixture":
+        _check_mixture(name, path)
+        return
     if dataset not in DATASETS:
         raise ValueError(
             f"{name}.dataset = {section.dataset!r} is unknown; choose one of {', '.join(sorted(DATASETS))}."
@@ -70,6 +75,18 @@ def _check_dataset(name: str, section: Any) -> None:
             f"{name}.dataset = {section.dataset!r} reads {default}, which is part of TorchTitan's source tree and not "
             f'here; set {name}.dataset_path, or use dataset = "stdlib".'
         )
+
+
+def _check_mixture(name: str, path: str | None) -> None:
+    if not path:
+        raise ValueError(f'{name}.dataset = "mixture" needs {name}.dataset_path, a TOML file of tables [[source]].')
+    if name == "validation":
+        raise ValueError('validation.dataset = "mixture" has no end and no one number to compare; name one dataset.')
+    for number, source in enumerate(read_mixture(path), 1):
+        place = f"{path}, source {number}"
+        if source.dataset.lower() in ("chat", "mixture"):
+            raise ValueError(f"{place}: a mixture is of texts, and dataset = {source.dataset!r} is none.")
+        _check_dataset(place, source)
 
 
 def _check_chat(config: JobConfig) -> None:
