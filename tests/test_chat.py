@@ -293,6 +293,14 @@ def test_the_loss_is_the_mean_over_the_whole_batch(seed: Path, chat: dict[str, A
         ({"training__dataset": "chat"}, r'training.dataset = "chat" needs training.dataset_path'),
         ({"training__longer_conversations": "cut"}, r'"cut" is about conversations, and no dataset is "chat"'),
         (
+            {"training__dataset": "chat", "training__dataset_path": ".", "training__packing": "first_fit"},
+            r"packing = \"first_fit\" is about text",
+        ),
+        (
+            {"training__packing": "first_fit", "training__labels_across_documents": True},
+            r"keeps them apart; remove one",
+        ),
+        (
             {"training__dataset": "chat", "training__dataset_path": ".", "training__labels_across_documents": True},
             r"labels_across_documents = true is about text",
         ),

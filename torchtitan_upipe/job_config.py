@@ -144,6 +144,12 @@ class Training(titan.Training):
     Documents end with the tokenizer's end-of-sequence token.
     """
 
+    packing: Literal["join", "first_fit"] = "join"
+    """
+    Text: "join" cuts the documents, one joined to the next, into sequences; "first_fit" puts each whole into the first
+    of a few open sequences with room, which are padded, and cuts only what is longer than a sequence.
+    """
+
     longer_conversations: Literal["drop", "cut"] = "drop"
     """
     dataset = "chat": what becomes of a conversation with more tokens than a sequence, in training and validation; "cut"

@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import IterableDataset
 
 from torchtitan_upipe.data import rows
+from torchtitan_upipe.data.packing import OPEN, PackedStream
 from torchtitan_upipe.data.reader import Reader
-from torchtitan_upipe.data.stream import DocumentStream, Example
 from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 
 COLUMN, TOOLS = "messages", "tools"
-OPEN = 4  # sequences that wait for conversations that fit
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Encoded = tuple[list[int], list[bool]]  # tokens, and which of them the assistant says
 logger = logging.getLogger(__name__)
@@ -168,20 +166,15 @@ class ChatTemplate:
         return list(found["input_ids"]), [any(begin <= at < end for begin, end in spans) for at in starts]
 
 
-class ChatStream(DocumentStream):
+class ChatStream(PackedStream):
     """Sequences of ``seq_len`` tokens from this rank's conversations; labels are of what the assistant says.
-
-    Packed, a conversation goes into the first of a few open sequences that has room, and an example says where
-    conversations begin: ``"starts" [S]`` bool, padding being one more. Else each has a sequence of its own, padded.
-    The last token of a conversation predicts nothing, and is left out.
 
     Args:
         reader: the conversations.
         encode: from a row to tokens, and which of them the assistant says.
         seq_len: ``S``.
-        packed: several conversations a sequence.
+        packed: several conversations a sequence; else each has its own, padded.
         cut: keep the first ``seq_len`` tokens of a longer conversation, which otherwise is dropped.
-        padding: a token.
         endless: begin again at the end.
     """
 
@@ -193,15 +186,11 @@ class ChatStream(DocumentStream):
         *,
         packed: bool,
         cut: bool,
-        padding: int = 0,
         endless: bool = True,
     ) -> None:
-        super().__init__(reader, endless=endless)
+        super().__init__(reader, seq_len, open_sequences=OPEN if packed else 0, marks=packed, endless=endless)
         self.encode = encode
-        self.seq_len = seq_len
-        self.packed = packed
         self.cut = cut
-        self.padding = padding
         self.read = self.longer = self.silent = 0  # conversations since the start
 
     def _add(self, row: dict[str, Any]) -> bool:
@@ -221,39 +210,6 @@ class ChatStream(DocumentStream):
         self._place((tokens[:-1], labels))
         return True
 
-    def _place(self, conversation: tuple[list[int], list[int]]) -> None:
-        """``self._waiting`` are open sequences, each a list of conversations: tokens and labels."""
-        if self.packed:
-            for others in self._waiting:
-                if _length(others) + len(conversation[0]) <= self.seq_len:
-                    others.append(conversation)
-                    return
-        self._waiting.append([conversation])
-
-    def _sequences(self) -> Iterator[Example]:
-        while len(self._waiting) > (OPEN if self.packed else 0):
-            yield self._example(self._waiting.pop(max(range(len(self._waiting)), key=self._filled)))
-
-    def _filled(self, index: int) -> tuple[int, int]:
-        return _length(self._waiting[index]) if self.packed else 0, -index  # the oldest of equally full ones
-
-    def _rest(self) -> Iterator[Example]:
-        while self._waiting:
-            yield self._example(self._waiting.pop(0))
-
-    def _example(self, conversations: list[tuple[list[int], list[int]]]) -> Example:
-        inputs = torch.full((self.seq_len,), self.padding)
-        labels = torch.full((self.seq_len,), IGNORE_INDEX)
-        starts = torch.zeros(self.seq_len, dtype=torch.bool)
-        at = 0
-        for tokens, targets in conversations:
-            inputs[at : at + len(tokens)] = torch.tensor(tokens)
-            labels[at : at + len(tokens)] = torch.tensor(targets)
-            starts[at] = True
-            at += len(tokens)
-        starts[at : at + 1] = True  # padding
-        return {"input": inputs} | ({"starts": starts} if self.packed else {}), labels
-
     def _end_pass(self, unused: bool) -> None:
         self._log()
         if unused:
@@ -270,7 +226,3 @@ class ChatStream(DocumentStream):
 
     def _log(self) -> None:
         logger.info(f"{self.source}: {self.read} conversations read, {self._counts()}")
-
-
-def _length(conversations: Sequence[tuple[list[int], list[int]]]) -> int:
-    return sum(len(tokens) for tokens, _ in conversations)

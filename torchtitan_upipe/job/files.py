@@ -99,6 +99,16 @@ def _check_chat(config: JobConfig) -> None:
             f'training.longer_conversations = "{training.longer_conversations}" is about conversations, and no dataset '
             'is "chat"; remove it.'
         )
+    if training.packing != "join" and all(chat):
+        raise ValueError(
+            f'training.packing = "{training.packing}" is about text; conversations share sequences where '
+            "training.document_mask = true; remove it."
+        )
+    if training.labels_across_documents and training.packing != "join":
+        raise ValueError(
+            f'training.labels_across_documents = true joins documents, and training.packing = "{training.packing}" '
+            "keeps them apart; remove one."
+        )
     if training.labels_across_documents and all(chat):
         raise ValueError(
             "training.labels_across_documents = true is about text, and a conversation never predicts the next one; "

@@ -17,6 +17,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_upipe.data.chat import ChatStream, ChatTemplate, load_chat
 from torchtitan_upipe.data.mixture import Mixture, Part, Source, read_mixture
+from torchtitan_upipe.data.packing import PackedTexts
 from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.data.stream import DocumentStream, TokenStream
 from torchtitan_upipe.data.text import load_local, load_stdlib, text_of
@@ -134,13 +135,17 @@ def _build(
             endless=endless,
         )
     else:
-        document_end = None if training.labels_across_documents else tokenizer.eos_id
-        options: dict[str, Any] = {"document_end": document_end, "endless": endless}
+        documents: Reader | Mixture
         if name == MIXTURE:
             parts = [Part(reader(s), _encoder(s.dataset.lower(), tokenizer), s) for s in read_mixture(path)]
-            stream = TokenStream(Mixture(parts), lambda tokens: tokens, section.seq_len, **options)
+            documents, encode = Mixture(parts), lambda tokens: tokens
         else:
-            stream = TokenStream(reader(Source(name, path)), _encoder(name, tokenizer), section.seq_len, **options)
+            documents, encode = reader(Source(name, path)), _encoder(name, tokenizer)
+        if training.packing == "first_fit":
+            stream = PackedTexts(documents, encode, section.seq_len, marks=training.document_mask, endless=endless)
+        else:
+            end = None if training.labels_across_documents else tokenizer.eos_id
+            stream = TokenStream(documents, encode, section.seq_len, document_end=end, endless=endless)
     loader = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
     return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **loader)
 
