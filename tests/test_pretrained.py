@@ -182,6 +182,19 @@ def test_rope_that_cannot_be_is_refused(options: dict[str, Any], sentence: str, 
         read(tmp_path, name, flavor="debug", **options)
 
 
+def test_weights_of_another_rope_than_the_flavors_are_refused(tmp_path: Path) -> None:
+    """TorchTitan's Llama3 would turn weights of Llama 3.0, which has no scaling, as those of 3.1."""
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 512}
+    save(make("llama", **sizes, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}), tmp_path / "old")
+    save(make("llama", **sizes, rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192}), tmp_path / "new")
+    flags = ["--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_path"]
+    read_job(job_args(tmp_path / "run", 1, *flags, str(tmp_path / "new")))
+    old = [*flags, str(tmp_path / "old")]
+    with pytest.raises(ValueError, match=r"theta 500000 and type 'none', and model.flavor = 'debug_kv2' another, of"):
+        read_job(job_args(tmp_path / "run", 1, *old))
+    read_job(job_args(tmp_path / "run", 1, *old, model__rope_scaling__type="none"))
+
+
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torchtitan_upipe.cp.head_schedule import check_heads
 from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.files import check_files
-from torchtitan_upipe.job.model import job_rope, own_rope
+from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
 from torchtitan_upipe.job.pretrained import PretrainedArgs
 from torchtitan_upipe.job.values import check_values
 from torchtitan_upipe.job_config import ContextParallel
@@ -43,6 +43,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
+        check_rope_of_weights(config, model_args)
     kernel = config.context_parallel.attention_kernel
     check_kernel(kernel, device_type, _attention_dtype(config), config.debug.deterministic)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torchtitan.config import JobConfig
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.train_spec import _extra_train_specs, get_train_spec
 
 from torchtitan_upipe.cp.frequencies import RopeParameters
-from torchtitan_upipe.job.pretrained import PretrainedArgs
+from torchtitan_upipe.job.pretrained import CONFIG, MODEL_NAMES, PretrainedArgs, read_config, read_pretrained
 from torchtitan_upipe.job_config import RopeScaling
 
 USED = {  # fields of [model.rope_scaling], by type
@@ -85,6 +87,29 @@ def job_rope(config: JobConfig, args: BaseModelArgs) -> RopeParameters:
         scaling.beta_slow,
         scaling.attention_factor,
     )
+
+
+def check_rope_of_weights(config: JobConfig, args: BaseModelArgs) -> None:
+    """Refuse Hugging Face weights that were trained with another RoPE than the flavor's, if the job names none.
+
+    Raises:
+        ValueError: such weights; TorchTitan's Llama3, for example, always turns as Llama 3.1 does, never as 3.0.
+    """
+    checkpoint, model = config.checkpoint, config.model
+    folder = Path(checkpoint.initial_load_path or model.hf_assets_path)
+    if not (checkpoint.enable and checkpoint.initial_load_in_hf) or isinstance(args, PretrainedArgs):
+        return
+    if model.rope_theta is not None or model.rope_scaling.type != "model" or not (folder / CONFIG).is_file():
+        return
+    if read_config(folder / CONFIG).get("model_type") not in MODEL_NAMES:
+        return  # of a model of the user's
+    own, theirs = own_rope(args), read_pretrained(str(folder)).rope
+    if own.scale != theirs.scale or not torch.equal(own.frequencies(128), theirs.frequencies(128)):
+        raise ValueError(
+            f"the weights in {folder} have RoPE of theta {theirs.theta:g} and type {theirs.type!r}, and model.flavor = "
+            f'{model.flavor!r} another, of theta {own.theta:g} and type {own.type!r}; set model.flavor = "hf", or '
+            "model.rope_theta and model.rope_scaling."
+        )
 
 
 def _check_rope(config: JobConfig, own: RopeParameters) -> None:
