@@ -36,6 +36,7 @@ from benchmarks.peak import storage_bytes
 from benchmarks.prediction import predict
 from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_prediction, spell_rate
 from torchtitan_upipe.device import refuse_idle_gpus
+from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.read import read_job
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +178,7 @@ def with_layers(config: JobConfig, layers: int) -> int:
         ValueError: more layers than the model has, or less than two.
     """
     flavors: Any = get_train_spec(config.model.name).model_args
-    full = flavors[config.model.flavor]
+    full: Any = model_args(config)
     if not 2 <= layers <= full.n_layers:
         raise ValueError(
             f"--layers {layers} must be at least 2, of which the second is like all that follow, and at most the "

@@ -19,7 +19,7 @@ from benchmarks.arms import spell_length
 from benchmarks.report import Published, read_paper
 from benchmarks.tables import markdown
 from torchtitan_upipe.data.sharding import degrees
-from torchtitan_upipe.job.shape import JobShape, model_shape
+from torchtitan_upipe.job.shape import JobShape, shape_of_flavor
 from torchtitan_upipe.memory.rates import FITTED, Fit, rates_of
 from torchtitan_upipe.memory.step_time import ATTENTION, PRODUCTS, Machine, StepTime, step_work, time_of
 
@@ -59,7 +59,7 @@ def published_job(figure: Published) -> JobShape:
     many KV heads as ranks where the model has fewer; its head chunk is the number of ranks.
     """
     name, flavor, ranks = MODELS[figure.model]
-    model = model_shape(name, flavor)
+    model = shape_of_flavor(name, flavor)
     if figure.method == "upipe":
         model = replace(model, kv_heads=max(model.kv_heads, ranks))
     ulysses, ring = degrees(figure.method, ranks, 1)

@@ -21,7 +21,7 @@ EPS = 1e-6
 class Shape:
     """An attention layer: ``H`` query heads, ``G`` KV heads, width ``d`` per head, model width ``D``.
 
-    ``starts`` are the first positions of packed documents, per sequence of the batch.
+    ``starts`` are the first positions of packed documents, per sequence of the batch; ``scale`` is RoPE's.
     """
 
     heads: int
@@ -33,6 +33,7 @@ class Shape:
     batch: int = 1
     length: int = 64
     starts: tuple[tuple[int, ...], ...] | None = None
+    scale: float = 1.0
 
     @property
     def documents(self) -> Documents | None:
@@ -111,7 +112,7 @@ class Case:
         frequencies = 10000.0 ** -(
             torch.arange(0, self.shape.head_dim, 2, device=positions.device).double() / self.shape.head_dim
         )
-        return NormThenRope(Rope(frequencies, positions, self.shape.interleaved), EPS)
+        return NormThenRope(Rope(frequencies, positions, self.shape.interleaved, self.shape.scale), EPS)
 
 
 def _leaf(t: Tensor, dtype: torch.dtype, device: str) -> Tensor:

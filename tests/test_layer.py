@@ -33,8 +33,8 @@ SHAPES = {
     "mqa": Shape(8, 1, interleaved=False),
     "kv2": Shape(8, 2, batch=2),  # KV < C at C = 4
     "wide": Shape(8, 4, head_dim=16, dim=96, norm=True, interleaved=False),  # H*d = 128, D = 96: Qwen3-like
-    "norm": Shape(12, 4, norm=True, batch=2),
-    "ragged": Shape(12, 6),  # ranks of 3 heads cut across KV heads of 2
+    "norm": Shape(12, 4, norm=True, batch=2, scale=1.25),  # YaRN's attention factor
+    "ragged": Shape(12, 6, scale=1.5),  # ranks of 3 heads cut across KV heads of 2
     # head counts that the ranks do not divide: teams of ranks share heads
     "rest": Shape(14, 2),  # as Qwen2.5-7B's 28 and 4, halved
     "fifteen": Shape(15, 5, batch=2),

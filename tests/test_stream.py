@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.strategies import patient
 from torchtitan_upipe.data.dealing import Position, Taken, deal_again
+from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.data.stream import TokenStream
 from torchtitan_upipe.data.text import load_local, text_of
 from torchtitan_upipe.titan.datasets import Dataloader
@@ -27,7 +29,7 @@ from torchtitan_upipe.titan.datasets import Dataloader
 DOCUMENTS = 7
 
 
-class Reader:
+class OneRank:
     """A rank of the simplest kind: reads ``steps`` documents of its own, over passes of ``DOCUMENTS``."""
 
     def __init__(self, rank: int, position: Position) -> None:
@@ -54,7 +56,7 @@ def test_every_document_is_read_once_whatever_the_ranks_do(data: st.DataObject) 
     position = Position(data.draw(st.integers(1, 4)))
     read: Counter[tuple[int, int]] = Counter()
     for _ in range(data.draw(st.integers(1, 4))):
-        readers = [Reader(rank, position) for rank in range(position.ranks)]
+        readers = [OneRank(rank, position) for rank in range(position.ranks)]
         for reader in readers:
             reader.run(data.draw(st.integers(0, 9)))
             read.update(reader.read)
@@ -62,7 +64,7 @@ def test_every_document_is_read_once_whatever_the_ranks_do(data: st.DataObject) 
         position = deal_again(positions, data.draw(st.integers(1, 4)))
         assert pickle.loads(pickle.dumps(position)) == position
     last = position.number + 3
-    readers = [Reader(rank, position) for rank in range(position.ranks)]
+    readers = [OneRank(rank, position) for rank in range(position.ranks)]
     for reader in readers:
         while reader.position.number < last:
             reader.run(1)
@@ -106,7 +108,8 @@ def encode(text: str) -> list[int]:
 
 
 def stream(rows: Any, rank: int = 0, ranks: int = 1, source: str = "these", **options: Any) -> TokenStream:
-    return TokenStream(rows(), text_of, encode, 10, rank=rank, ranks=ranks, source=source, **options)
+    reader = Reader(rows(), rank=rank, ranks=ranks, source=source)
+    return TokenStream(reader, lambda row: encode(text_of(row)), 10, **options)
 
 
 def sequences(iterator: Iterator[Any], count: int) -> list[list[int]]:
@@ -215,6 +218,16 @@ def test_iterating_again_goes_on_and_restart_begins_anew(rows: Any) -> None:
     assert sequences(iter(data), 3) + sequences(iter(data), 3) == whole[:6]
     data.restart()
     assert sequences(iter(data), 4) == whole[:4]
+
+
+def test_the_end_of_a_document_predicts_nothing(rows: Any) -> None:
+    """Of all labels only the first tokens of documents are ignored, and nothing else changes."""
+    kept, masked = stream(rows), stream(rows, document_end=0)
+    for (item, labels), (same, fewer) in zip(islice(kept, 40), islice(masked, 40), strict=True):
+        assert torch.equal(item["input"], same["input"])
+        ends = item["input"] == 0
+        assert set(labels[ends].tolist()) <= {ord(text[0]) for text in TEXTS}
+        assert torch.equal(fewer, labels.masked_fill(ends, -100))
 
 
 def test_other_data_is_refused(rows: Any) -> None:

@@ -57,6 +57,37 @@ def test_the_document_mask_changes_the_loss(
     assert max(differences) > 1e-2  # fresh weights hardly attend: it grows with the steps
 
 
+def test_labels_across_documents_change_the_loss(
+    seed: Path, short_documents: dict[str, object], packed_one_rank: Log, tmp_path: Path
+) -> None:
+    options = LLAMA | ULYSSES | short_documents | PACKED | {"training__labels_across_documents": True}
+    log = train(tmp_path, 1, *from_seed(seed), **options)
+    assert abs(log.loss[0] - packed_one_rank.loss[0]) > 1e-3
+
+
+def unlabelled_rank(args: list[str]) -> tuple[float, float]:
+    """Loss of a batch without a label, and the largest gradient."""
+    from torchtitan_upipe.job.read import read_job
+    from torchtitan_upipe.titan.trainer import Trainer
+
+    trainer = Trainer(read_job(args))
+    labels = torch.full((1, 64), -100)
+    total = torch.zeros(())  # as the trainer counts them
+    loss = trainer.forward_backward_step(
+        input_dict={"input": torch.arange(64)[None]}, labels=labels, global_valid_tokens=total
+    )
+    largest = max(float(p.grad.abs().max()) for p in trainer.model_parts[0].parameters())
+    trainer.close()
+    return float(loss), largest
+
+
+@pytest.mark.parametrize("tile_size", [0, 16])
+def test_a_batch_without_a_label_has_no_loss_and_no_gradient(tile_size: int, tmp_path: Path) -> None:
+    options = {"training__seq_len": 64, "context_parallel__tile_size": tile_size}
+    found = run_ranks(unlabelled_rank, 2, job_args(tmp_path, 2, **options), init=False)
+    assert found == [(0.0, 0.0)] * 2
+
+
 def documents_rank(args: list[str], tokens: Tensor) -> list[Tensor]:
     """Logits of packed ``tokens``, and of each document alone, by a model that knows no documents."""
     from torchtitan_upipe.job.read import read_job

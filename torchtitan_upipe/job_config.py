@@ -88,6 +88,54 @@ class ContextParallel:
 
 
 @dataclass
+class RopeScaling:
+    """Section ``[model.rope_scaling]``: how RoPE is stretched to a longer context, as Transformers does it."""
+
+    type: Literal["model", "none", "linear", "llama3", "yarn"] = "model"
+    """
+    "model" is the model's own: of its flavor, or of config.json. "none" leaves frequencies as `rope_theta` makes them,
+    "linear" divides all by `factor`, "llama3" those of long wavelengths, "yarn" those of few turns within the original
+    context. A field of another type is refused.
+    """
+
+    factor: float = 0.0
+    """"linear", "llama3" and "yarn": by how much the context grows, at least 1."""
+
+    original_max_position_embeddings: int = 0
+    """"llama3" and "yarn": tokens of the context before; 0 = what config.json or the flavor says."""
+
+    low_freq_factor: float = 1.0
+    """"llama3": wavelengths longer than the original context divided by this are stretched by `factor`."""
+
+    high_freq_factor: float = 4.0
+    """"llama3": wavelengths shorter than the original context divided by this are kept."""
+
+    beta_fast: float = 32.0
+    """"yarn" (its beta): frequencies of more turns than this within the original context are kept."""
+
+    beta_slow: float = 1.0
+    """"yarn" (its alpha): frequencies of fewer turns than this within the original context are divided by `factor`."""
+
+    attention_factor: float = 0.0
+    """"yarn": what rotated queries and keys are multiplied by; 0 = 0.1 ln(factor) + 1."""
+
+
+@dataclass
+class Model(titan.Model):
+    """TorchTitan's section with the job's RoPE.
+
+    With flavor = "hf" the model's shape and RoPE are those of config.json in `hf_assets_path`: Llama, Mistral without
+    a window (name = "llama3_upipe") or dense Qwen3 ("qwen3_upipe").
+    """
+
+    rope_theta: float | None = None
+    """Base of RoPE's frequencies. None: the model's own."""
+
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """How RoPE is stretched to a longer context."""
+
+
+@dataclass
 class Parallelism(titan.Parallelism):
     """TorchTitan's section with one other default."""
 
@@ -100,12 +148,36 @@ class Parallelism(titan.Parallelism):
 
 @dataclass
 class Training(titan.Training):
-    """TorchTitan's section with one more field."""
+    """TorchTitan's section with more fields.
+
+    Beside TorchTitan's datasets there are "stdlib", "local", "chat" (.jsonl or .parquet with `messages`) and "mixture",
+    whose `dataset_path` is a TOML file of tables [[source]]: `dataset`, `dataset_path`, `weight` (share of the tokens),
+    `min_tokens` and `max_tokens` (of a document).
+    """
 
     document_mask: bool = False
     """
     Packed documents: tokens attend within their own document only (block-causal), and positions start anew in each.
     Documents end with the tokenizer's end-of-sequence token.
+    """
+
+    packing: Literal["join", "first_fit"] = "join"
+    """
+    Text: "join" cuts the documents, one joined to the next, into sequences; "first_fit" puts each whole into the first
+    of a few open sequences with room, which are padded, and cuts only what is longer than a sequence.
+    """
+
+    longer_conversations: Literal["drop", "cut"] = "drop"
+    """
+    dataset = "chat": what becomes of a conversation with more tokens than a sequence, in training and validation; "cut"
+    keeps its beginning. With document_mask several conversations share a sequence, else each has its own, padded.
+    """
+
+    labels_across_documents: bool = False
+    """
+    Whether the last token of a document, the end-of-sequence token, is trained to predict the first one of the next
+    document, as in TorchTitan's own data; else that label is ignored, in training and validation, with and without
+    document_mask.
     """
 
 
@@ -125,6 +197,7 @@ class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
+    model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

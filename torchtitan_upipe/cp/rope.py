@@ -1,4 +1,4 @@
-"""Rotary position embedding of head shards, with its inverse, for any positions and without a table of them."""
+"""Rotary position embedding of head shards, with its transpose, for any positions and without a table of them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Rope:
         frequencies: ``[d/2]``, float64: radians per position.
         positions: ``[B or 1, N]`` int64, of this rank's tokens.
         interleaved: pairs are ``(0, 1), (2, 3), ..`` (Llama in TorchTitan's layout); else ``(i, i + d/2)`` (Qwen).
+        scale: what the rotated heads are multiplied by (YaRN's attention factor).
     """
 
     frequencies: Tensor
     positions: Tensor
     interleaved: bool
+    scale: float = 1.0
 
     def __call__(self, heads: Tensor) -> Tensor:
         """Rotate the heads of all tokens, in float32 (float64 for float64); a new tensor, differentiable."""
         return _Rotate.apply(heads, self)
 
-    def rotate_(self, heads: Tensor, rows: slice = slice(None), *, inverse: bool = False) -> Tensor:
+    def rotate_(self, heads: Tensor, rows: slice = slice(None), *, back: bool = False) -> Tensor:
         """Rotate the heads of the tokens ``rows`` in place, or back; returns ``heads``.
 
-        Back is the inverse and, a rotation being orthogonal, also the transpose.
+        Back is the transpose, for gradients, and, a rotation being orthogonal, where ``scale`` is 1 also the inverse.
         """
         positions = self.positions[:, rows]
         for at in row_slices(0, heads.shape[1], slice_size(heads.shape[1])):
@@ -47,7 +49,9 @@ class Rope:
             wide = part.to(accumulate_dtype(part.dtype))
             angles = positions[:, at, None, None].double() * self.frequencies  # [B or 1, n, 1, d/2]
             angles = angles.remainder(2 * math.pi).to(wide.dtype)
-            cos, sin = angles.cos(), -angles.sin() if inverse else angles.sin()
+            cos, sin = angles.cos(), -angles.sin() if back else angles.sin()
+            if self.scale != 1.0:
+                cos, sin = cos.mul_(self.scale), sin.mul_(self.scale)
             a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else wide.chunk(2, dim=-1)
             rotated = (a * cos - b * sin, a * sin + b * cos)
             part.copy_(torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1))
@@ -63,4 +67,4 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.rope.rotate_(grads[0].clone(), inverse=True), None
+        return ctx.rope.rotate_(grads[0].clone(), back=True), None

@@ -41,7 +41,7 @@ class NormThenRope:
         self, grad: Tensor, heads: Tensor | None, norm_weight: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`~torchtitan_upipe.cp.strategy.HeadTransform`."""
-        grad = self.rope.rotate_(grad, rows, inverse=True)
+        grad = self.rope.rotate_(grad, rows, back=True)
         if norm_weight is None:
             return grad, None
         if heads is None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_upipe.data.documents import find_documents, pad_documents, positions_in_documents
+from torchtitan_upipe.data.documents import pad_documents, positions_in_documents
 from torchtitan_upipe.data.sharding import length_divisor, shard_positions
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.tiled.loss import IGNORE_INDEX
@@ -37,7 +37,7 @@ def share_of_rank(
     rank: int,
     ulysses_degree: int,
     ring_degree: int,
-    document_end: int | None = None,
+    documents: Documents | None = None,
     sequence_chunk: int = 0,
 ) -> Share:
     """One rank's share, after the sequences are padded to what the group needs: ``N = ceil(S / C)`` or a few more.
@@ -46,17 +46,16 @@ def share_of_rank(
         inputs: token ids ``[B, S]``.
         labels: ``[B, S]``; padding is ignored.
         rank: rank within the context-parallel group of ``C = ulysses_degree * ring_degree``.
-        document_end: the token that ends a document; None for one document a sequence.
+        documents: of the sequences before padding; None for one document a sequence.
         sequence_chunk: see :func:`~torchtitan_upipe.data.sharding.shard_positions`.
     """
     batch, length = inputs.shape
     padding = -length % length_divisor(ulysses_degree, ring_degree)
     mine = shard_positions(length + padding, rank, ulysses_degree, ring_degree, sequence_chunk)
-    if document_end is None:
-        documents = None
+    if documents is None:
         positions = torch.where(mine < length, mine, 0).expand(batch, -1)  # padding stands at 0
     else:
-        documents = pad_documents(find_documents(inputs, document_end), length, length + padding)
+        documents = pad_documents(documents, length, length + padding)
         positions = positions_in_documents(documents, length + padding)[:, mine]
     inputs, labels = F.pad(inputs, (0, padding)), F.pad(labels, (0, padding), value=IGNORE_INDEX)
     mine = mine.to(inputs.device)

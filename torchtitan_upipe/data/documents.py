@@ -23,6 +23,11 @@ def find_documents(inputs: Tensor, eos_id: int) -> Documents:
     return Documents(tuple(tuple(row) for row in starts))
 
 
+def documents_at(marks: Tensor) -> Documents:
+    """Documents that begin where ``marks [B, S]``, bool, says; the first token of a sequence begins one."""
+    return Documents(tuple(tuple(row.nonzero().flatten().tolist()) for row in marks))
+
+
 def pad_documents(documents: Documents, length: int, padded_length: int) -> Documents:
     """The same documents, and what pads the sequences from ``length`` to ``padded_length`` as one more."""
     if padded_length == length:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from datasets import Dataset, IterableDataset
+
+from torchtitan_upipe.data import rows
 
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
 COLUMN = "text"  # of .jsonl and .parquet
@@ -45,7 +44,7 @@ def load_local(path: str) -> IterableDataset:
     Raises:
         ValueError: there is no such file, or none holds text. A file that cannot be read is named once it is met.
     """
-    files = [str(file) for file in find_files(path)]
+    files = [str(file) for file in rows.find_files(path, READERS)]
     if not files:
         raise ValueError(f"{path!r} holds no {_kinds()} file.")
     if next(read_documents(files), None) is None:
@@ -57,13 +56,6 @@ def text_of(sample: dict[str, Any]) -> str:
     """The text of a row of either dataset."""
     text: str = sample[COLUMN]
     return text
-
-
-def find_files(path: str) -> list[Path]:
-    """The readable files at ``path`` (a file, or a folder searched in depth), sorted; empty if there are none."""
-    root = Path(path)
-    files = [root] if root.is_file() else sorted(root.rglob("*"))
-    return [f for f in files if f.is_file() and f.suffix in READERS]
 
 
 def read_documents(files: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -79,56 +71,22 @@ def read_documents(files: Sequence[str]) -> Iterator[dict[str, str]]:
 
 
 def _read_txt(file: Path) -> Iterator[str]:
-    yield _decode(file.read_bytes(), str(file))
+    yield rows.decode(file.read_bytes(), str(file))
 
 
-def _read_jsonl(file: Path) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{file}, line {number}"
-            if line.strip():
-                try:
-                    row = json.loads(_decode(line, place).rstrip())
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place}: no valid JSON ({error.msg} at column {error.colno}).") from error
-                except RecursionError as error:
-                    raise ValueError(f"{place}: JSON nested too deeply to be read.") from error
-                yield _text_in(row, place)
+def _read_column(file: Path) -> Iterator[str]:
+    for row, place in rows.READERS[file.suffix](file, COLUMN):
+        yield _text_in(row, place)
 
 
-def _read_parquet(file: Path) -> Iterator[str]:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if COLUMN not in table.schema_arrow.names:
-            raise ValueError(f"{file}: {_no_column(table.schema_arrow.names)}")
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[COLUMN]):
-            for row in batch.to_pylist():
-                number += 1
-                yield _text_in(row, f"{file}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS = {".txt": _read_txt, **dict.fromkeys(rows.READERS, _read_column)}
 
 
 def _kinds() -> str:
     return ", ".join(READERS)
 
 
-def _decode(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: no UTF-8 text (byte {error.start}: {error.reason}); convert the file.") from error
-
-
-def _text_in(row: Any, place: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a {type(row).__name__} where an object with a field {COLUMN!r} is expected.")
-    if COLUMN not in row:
-        raise ValueError(f"{place}: {_no_column(list(row))}")
+def _text_in(row: dict[str, Any], place: str) -> str:
     if not isinstance(row[COLUMN], str):
         raise ValueError(f"{place}: the column {COLUMN!r} holds {row[COLUMN]!r}, which is no text.")
     try:
@@ -136,7 +94,3 @@ def _text_in(row: Any, place: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a character, which no tokenizer takes
         raise ValueError(f"{place}: half of a surrogate pair at character {error.start}, which is no text.") from error
     return row[COLUMN]
-
-
-def _no_column(names: Sequence[str]) -> str:
-    return f"no column {COLUMN!r} but {', '.join(map(repr, names)) or 'none'}; rename the column."

@@ -7,6 +7,7 @@ imported, which is why this is not a function.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -34,9 +35,12 @@ from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 
 from torchtitan_upipe.dry_run.live_bytes import LiveBytes  # noqa: E402
 from torchtitan_upipe.dry_run.moments import Moments  # noqa: E402
+from torchtitan_upipe.job.model import model_args  # noqa: E402
+from torchtitan_upipe.job.pretrained import PretrainedArgs  # noqa: E402
 from torchtitan_upipe.job.read import read_job  # noqa: E402
 from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
 from torchtitan_upipe.titan.attention import ContextParallelAttention  # noqa: E402
@@ -146,7 +150,13 @@ def leave_out_what_holds_nothing(config: JobConfig) -> None:
     """Cut from a job what costs time, files or random numbers and no memory in a training step."""
     config.debug.seed = config.debug.seed or 0  # a seed drawn at random would be read back
     config.activation_checkpoint.preserve_rng_state = False  # no random numbers on the simulated device
-    config.model.hf_assets_path = str(PACKAGE / "assets/tokenizer")
+    tokenizer = str(PACKAGE / "assets/tokenizer")
+    args = model_args(config)
+    if isinstance(args, PretrainedArgs):  # keep the shape, which is read from where the tokenizer is
+        flavors: Any = get_train_spec(config.model.name).model_args
+        flavors[config.model.flavor] = args = copy.copy(args)
+        args.assets = tokenizer
+    config.model.hf_assets_path = tokenizer
     config.training.dataset, config.training.dataset_path = "stdlib", str(PACKAGE / "memory")
     config.training.document_mask = False  # one document needs the most
     config.validation.enable = config.checkpoint.enable = config.profiling.enable_profiling = False

@@ -12,6 +12,8 @@ from torchtitan_upipe.cp.head_schedule import check_heads
 from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.files import check_files
+from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
+from torchtitan_upipe.job.pretrained import PretrainedArgs
 from torchtitan_upipe.job.values import check_values
 from torchtitan_upipe.job_config import ContextParallel
 from torchtitan_upipe.kernels.select import check_kernel
@@ -36,12 +38,14 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_settings(config)
+    job_rope(config, model_args)
     _check_offload(config, world_size)
     _check_hidden_states(config, world_size)
     _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
+        check_rope_of_weights(config, model_args)
     kernel = config.context_parallel.attention_kernel
     check_kernel(kernel, device_type, _attention_dtype(config), config.debug.deterministic)
 
@@ -211,6 +215,10 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
             config.training.document_mask and config.context_parallel.method == "torchtitan",
             'set context_parallel.method = "upipe", "ulysses", "ring" or "fpdt"',
         ),
+        "a RoPE of the job's or of a config.json with TorchTitan's own context parallelism": (
+            config.context_parallel.method == "torchtitan" and _own_rope_differs(config, model_args),
+            'set context_parallel.method = "upipe", "ulysses", "ring" or "fpdt"',
+        ),
     }
     for feature, (asked, remedy) in refusals.items():
         if asked:
@@ -221,6 +229,11 @@ def _check_unsupported(config: JobConfig, model_args: BaseModelArgs) -> None:
             f"model.flavor = {config.model.flavor!r} uses {attention} attention, which the plugin replaces; "
             "choose the flavor without the suffix."
         )
+
+
+def _own_rope_differs(config: JobConfig, model_args: BaseModelArgs) -> bool:
+    """Whether TorchTitan's table of angles, which only its own method reads, is not what the job asks for."""
+    return isinstance(model_args, PretrainedArgs) or job_rope(config, model_args) != own_rope(model_args)
 
 
 def _check_offload(config: JobConfig, world_size: int) -> None:

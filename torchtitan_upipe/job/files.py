@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from torchtitan_upipe.data.mixture import read_mixture
+
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -25,6 +27,7 @@ def check_files(config: JobConfig, vocab_size: int) -> None:
     """
     _check_tokenizer(Path(config.model.hf_assets_path), vocab_size)
     _check_dataset("training", config.training)
+    _check_chat(config)
     if config.validation.enable:
         _check_dataset("validation", config.validation)
     if config.checkpoint.enable:
@@ -55,19 +58,61 @@ def _check_tokenizer(assets: Path, vocab_size: int) -> None:
 def _check_dataset(name: str, section: Any) -> None:
     """Refuse what is known not to be there without reading it; the data loader reads on and says the rest."""
     dataset, path = section.dataset.lower(), section.dataset_path
+    if dataset == "mixture":
+        _check_mixture(name, path)
+        return
     if dataset not in DATASETS:
         raise ValueError(
             f"{name}.dataset = {section.dataset!r} is unknown; choose one of {', '.join(sorted(DATASETS))}."
         )
-    if dataset == "local" and not path:
-        raise ValueError(f'{name}.dataset = "local" needs {name}.dataset_path, a file or a folder.')
-    if path and dataset in ("local", "stdlib") and not Path(path).exists():
+    if dataset in ("local", "chat") and not path:
+        raise ValueError(f'{name}.dataset = "{dataset}" needs {name}.dataset_path, a file or a folder.')
+    if path and dataset in ("local", "chat", "stdlib") and not Path(path).exists():
         raise ValueError(f"{name}.dataset_path = {path!r} does not exist.")
     default = DATASETS[dataset].path
     if not path and default.startswith("tests/") and not Path(default).exists():
         raise ValueError(
             f"{name}.dataset = {section.dataset!r} reads {default}, which is part of TorchTitan's source tree and not "
             f'here; set {name}.dataset_path, or use dataset = "stdlib".'
+        )
+
+
+def _check_mixture(name: str, path: str | None) -> None:
+    if not path:
+        raise ValueError(f'{name}.dataset = "mixture" needs {name}.dataset_path, a TOML file of tables [[source]].')
+    if name == "validation":
+        raise ValueError('validation.dataset = "mixture" has no end and no one number to compare; name one dataset.')
+    for number, source in enumerate(read_mixture(path), 1):
+        place = f"{path}, source {number}"
+        if source.dataset.lower() in ("chat", "mixture"):
+            raise ValueError(f"{place}: a mixture is of texts, and dataset = {source.dataset!r} is none.")
+        _check_dataset(place, source)
+
+
+def _check_chat(config: JobConfig) -> None:
+    """Refuse options of other data than the job's."""
+    training = config.training
+    sections = [training, config.validation] if config.validation.enable else [training]
+    chat = [section.dataset.lower() == "chat" for section in sections]
+    if training.longer_conversations != "drop" and not any(chat):
+        raise ValueError(
+            f'training.longer_conversations = "{training.longer_conversations}" is about conversations, and no dataset '
+            'is "chat"; remove it.'
+        )
+    if training.packing != "join" and all(chat):
+        raise ValueError(
+            f'training.packing = "{training.packing}" is about text; conversations share sequences where '
+            "training.document_mask = true; remove it."
+        )
+    if training.labels_across_documents and training.packing != "join":
+        raise ValueError(
+            f'training.labels_across_documents = true joins documents, and training.packing = "{training.packing}" '
+            "keeps them apart; remove one."
+        )
+    if training.labels_across_documents and all(chat):
+        raise ValueError(
+            "training.labels_across_documents = true is about text, and a conversation never predicts the next one; "
+            "remove it."
         )
 
 
@@ -86,7 +131,7 @@ def _check_checkpoints(config: JobConfig) -> None:
             f"checkpoint.load_step = {step} is not in {folder}, which holds "
             f"{'steps ' + ', '.join(map(str, steps)) if steps else 'no checkpoint'}; choose one of these, or -1."
         )
-    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors.index.json")):
+    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors*")):
         return  # which TorchTitan then goes on from
     if folder.exists() and (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         raise ValueError(

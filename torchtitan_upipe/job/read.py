@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from torchtitan.config import JobConfig
-from torchtitan.protocols import BaseModelArgs
-from torchtitan.protocols.train_spec import _extra_train_specs, get_train_spec
 from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.job.check import validate_job
 from torchtitan_upipe.job.load import load_config
+from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.shape import needed_ranks
 
 
@@ -38,24 +37,6 @@ def read_job(args: Sequence[str], world_size: int | None = None, device: str = d
             world_size = int(os.environ.get("NGPU", world_size))
     validate_job(config, model_args(config), world_size or needed_ranks(config), device)
     return config
-
-
-def model_args(config: JobConfig) -> BaseModelArgs:
-    """TorchTitan's arguments of the job's model and flavor.
-
-    Raises:
-        ValueError: no such model, or no such flavor.
-    """
-    name, flavor = config.model.name, config.model.flavor
-    if name not in _extra_train_specs:  # TorchTitan's own models do not attach the plugin's methods
-        raise ValueError(
-            f"model.name = {name!r} is unknown here; choose one of {', '.join(_extra_train_specs)}, or name the module "
-            "that registers it in experimental.custom_import."
-        )
-    flavors = get_train_spec(name).model_args
-    if flavor not in flavors:
-        raise ValueError(f"model.flavor = {flavor!r} is unknown for {name}; choose one of {', '.join(flavors)}.")
-    return flavors[flavor]
 
 
 def _import_extension(module: str) -> None:

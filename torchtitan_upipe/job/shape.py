@@ -13,6 +13,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor
+from torchtitan_upipe.job.model import args_of
 
 STASHING = ("upipe", "fpdt")  # the methods to which `stash` applies
 
@@ -184,7 +185,7 @@ def job_shape(config: JobConfig, world_size: int | None = None, rank: int = 0, w
     divisor = length_divisor(ulysses, ring)
     fsdp = shards > 1 or training.enable_cpu_offload
     computed = training.mixed_precision_param if fsdp or training.dtype != "bfloat16" else training.dtype
-    model = model_shape(config.model.name, config.model.flavor)
+    model = model_shape(config)
     return JobShape(
         model=model,
         batch=training.local_batch_size,
@@ -221,13 +222,17 @@ def needed_ranks(config: JobConfig) -> int:
     return p.context_parallel_degree * p.data_parallel_replicate_degree * max(p.data_parallel_shard_degree, 1)
 
 
+def model_shape(config: JobConfig) -> ModelShape:
+    """Shapes of the job's model, read from one of one layer that holds no data."""
+    return shape_of_flavor(config.model.name, config.model.flavor, config.model.hf_assets_path)
+
+
 @cache
-def model_shape(name: str, flavor: str) -> ModelShape:
-    """Shapes of a flavor, read from a model of one layer that holds no data."""
-    spec = get_train_spec(name)
-    args: Any = spec.model_args[flavor]
+def shape_of_flavor(name: str, flavor: str, assets: str = "") -> ModelShape:
+    """The same by names; ``assets`` is the folder of flavor ``"hf"``."""
+    args: Any = args_of(name, flavor, assets)
     with torch.device("meta"):
-        model: Any = spec.model_cls(replace(args, n_layers=1))
+        model: Any = get_train_spec(name).model_cls(replace(args, n_layers=1))
     block = model.layers["0"]
     return ModelShape(
         layers=args.n_layers,

@@ -1,4 +1,4 @@
-"""Hugging Face weights for Llama3 on any number of ranks."""
+"""Hugging Face weights for Llama3 on any number of ranks, with heads of any width and a shared embedding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
+OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 class AnyDegreeLlama3Adapter(Llama3StateDictAdapter):
     """TorchTitan's adapter, also where a weight's heads do not divide over the ranks that shard it.
@@ -16,11 +18,29 @@ class AnyDegreeLlama3Adapter(Llama3StateDictAdapter):
     fails where a head is cut: Llama3-8B's 8 KV heads on 16 ranks. Such a weight is gathered first.
     """
 
-    def _permute(self, w: Tensor, n_heads_arg: int, *shape: int) -> Tensor:
-        return super()._permute(_whole_heads(w, n_heads_arg), n_heads_arg, *shape)
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and output share a weight, which Hugging Face's files then hold once."""
+        return bool(getattr(self.model_args, "enable_weight_tying", False))
 
-    def _reverse_permute(self, w: Tensor, n_heads_arg: int, *shape: int) -> Tensor:
-        return super()._reverse_permute(_whole_heads(w, n_heads_arg), n_heads_arg, *shape)
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """TorchTitan's names and rows to Hugging Face's."""
+        weights = super().to_hf(state_dict)
+        if self.tied:
+            weights.pop(OUTPUT, None)
+        return weights
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Hugging Face's names and rows to TorchTitan's."""
+        if self.tied and EMBEDDING in hf_state_dict:
+            hf_state_dict = {**hf_state_dict, OUTPUT: hf_state_dict[EMBEDDING]}
+        return super().from_hf(hf_state_dict)
+
+    def _permute(self, w: Tensor, n_heads_arg: int, *_: int) -> Tensor:  # not the given shape: heads may be wider
+        return super()._permute(_whole_heads(w, n_heads_arg), n_heads_arg)
+
+    def _reverse_permute(self, w: Tensor, n_heads_arg: int, *_: int) -> Tensor:
+        return super()._reverse_permute(_whole_heads(w, n_heads_arg), n_heads_arg)
 
 
 def _whole_heads(weight: Tensor, heads: int) -> Tensor:

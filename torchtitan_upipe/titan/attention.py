@@ -24,6 +24,7 @@ class ContextParallelAttention(nn.Module):
         method: the context-parallel method.
         rope: how the model rotates.
         frequencies: ``[d/2]`` float64, of its RoPE.
+        scale: what rotated heads are multiplied by.
         document_mask: refuse to run without documents.
     """
 
@@ -33,6 +34,7 @@ class ContextParallelAttention(nn.Module):
         method: ContextParallelMethod,
         rope: RopeOfModel,
         frequencies: Tensor,
+        scale: float = 1.0,
         document_mask: bool = False,
     ) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class ContextParallelAttention(nn.Module):
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
         self.method = method
         self.document_mask = document_mask
-        self._rope, self._frequencies = rope, frequencies  # no buffer: FSDP would cast it to bfloat16
+        self._rope, self._scale = rope, scale
+        self._frequencies = frequencies  # no buffer: FSDP would cast it to bfloat16
         self._titan_class: Any = type(attention)
 
     def init_weights(self, init_std: float) -> None:
@@ -107,7 +110,7 @@ class ContextParallelAttention(nn.Module):
             k_norm=None if self.k_norm is None else self.k_norm.weight,
         )
         transform = NormThenRope(
-            Rope(self._frequencies.to(x.device), positions.long(), self._rope.interleaved),
+            Rope(self._frequencies.to(x.device), positions.long(), self._rope.interleaved, self._scale),
             norm_eps=0.0 if self.q_norm is None else float(self.q_norm.eps or 0.0),
         )
         return weights, transform, documents

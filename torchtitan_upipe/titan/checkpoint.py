@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torchtitan.components.checkpoint import DATALOADER, TRAIN_STATE, CheckpointManager
+from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import DATALOADER, TRAIN_STATE, AsyncMode, CheckpointManager
 
+from torchtitan_upipe.huggingface.folder import ModelFiles
+from torchtitan_upipe.huggingface.weights import INDEX, SINGLE, write_weights
 from torchtitan_upipe.titan.datasets import BEGIN_AGAIN, Dataloader
 
 DATA_STATE = re.compile(rf"{DATALOADER}\.dp_rank_(\d+)$")
 
 
 class Checkpoints(CheckpointManager):
-    """TorchTitan's manager; what is loaded is compared with what is there, first."""
+    """TorchTitan's manager; what is loaded is compared with what is there, first.
+
+    Attributes:
+        model_files: what is written beside the weights of every step, for Transformers and the export command; None for
+            a model that Transformers does not have.
+    """
+
+    model_files: ModelFiles | None = None
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        """Save ``state_dict``; in Hugging Face's format as Transformers does, without leftovers."""
+        folder = Path(checkpoint_id)
+        if self.model_files is not None and dist.get_rank() == 0:
+            dtype = next(value.dtype for value in state_dict.values() if isinstance(value, Tensor))
+            self.model_files.write(folder, str(dtype).removeprefix("torch."))
+        if self.model_files is None or not to_hf:
+            return super().dcp_save(state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf)
+        save_weights(folder, self.sd_adapter.to_hf(state_dict))
+        return None
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Load ``checkpoint_id`` into ``state_dict``.
@@ -27,8 +56,8 @@ class Checkpoints(CheckpointManager):
             ValueError: it is of another model or of other data, or cannot be read.
         """
         if not from_hf:
-            saved = _read_metadata(checkpoint_id)
-            _check_weights(state_dict, saved, checkpoint_id)
+            saved = read_metadata(checkpoint_id)
+            check_weights(state_dict, saved, checkpoint_id)
             _check_whole(state_dict, saved, checkpoint_id)
             self._check_data(state_dict, saved, checkpoint_id)
         try:
@@ -37,6 +66,11 @@ class Checkpoints(CheckpointManager):
             rank, (failure, _) = next(iter(error.failures.items()))
             text = str(failure).strip().partition("\n")[0]
             raise ValueError(f"checkpoint {checkpoint_id} cannot be loaded (rank {rank}): {text}") from error
+
+    def _find_load_step(self, folder: str = "") -> int:
+        """TorchTitan's, which takes no model in a single file of safetensors for a step."""
+        finished = [int(file.parent.name.removeprefix("step-")) for file in Path(self.folder).glob(f"step-*/{SINGLE}")]
+        return max([super()._find_load_step(folder), *finished])
 
     def _check_data(self, state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
         loader = state_dict.get(DATALOADER)
@@ -53,7 +87,35 @@ class Checkpoints(CheckpointManager):
         loader.expect(ranks)
 
 
-def _read_metadata(checkpoint_id: str) -> Mapping[str, Any]:
+def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Gather ``weights``, of Hugging Face's names and on all ranks, a file at a time on rank 0, which writes them."""
+    writes = dist.get_rank() == 0
+
+    def fetch(names: Sequence[str]) -> dict[str, Tensor]:
+        gathered = {}
+        for name in names:
+            weight = weights[name]
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if writes:
+                gathered[name] = whole.detach().cpu()
+        return gathered
+
+    write_weights(folder, {n: w.numel() * w.element_size() for n, w in weights.items()}, fetch, writes=writes)
+    dist.barrier()  # no rank leaves before the model is whole
+
+
+def read_metadata(checkpoint_id: str) -> Mapping[str, Any]:
+    """What ``checkpoint_id`` holds, by name.
+
+    Raises:
+        ValueError: it is no whole checkpoint of torch's.
+    """
+    if any((Path(checkpoint_id) / name).is_file() for name in (SINGLE, INDEX)):
+        raise ValueError(
+            f"checkpoint {checkpoint_id} is a finished model in Hugging Face's format, from which a job cannot go on; "
+            "begin another (job.dump_folder) with it in checkpoint.initial_load_path and checkpoint.initial_load_in_hf "
+            "= true, or name an earlier checkpoint.load_step."
+        )
     if not (Path(checkpoint_id) / ".metadata").is_file():
         raise ValueError(
             f"checkpoint {checkpoint_id} is not complete: it has no .metadata; name another step "
@@ -66,7 +128,17 @@ def _read_metadata(checkpoint_id: str) -> Mapping[str, Any]:
     return metadata
 
 
-def _check_weights(state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
+def check_weights(state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
+    """Refuse a checkpoint that is not of this model.
+
+    Args:
+        state_dict: the model's weights, among other things.
+        saved: see :func:`read_metadata`.
+        checkpoint_id: its folder.
+
+    Raises:
+        ValueError: the first weight that does not fit.
+    """
     weights = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
     for name, weight in weights.items():
         if name not in saved:

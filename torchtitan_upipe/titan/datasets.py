@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,29 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from torchtitan_upipe.data.stream import TokenStream
+from torchtitan_upipe.data.chat import ChatStream, ChatTemplate, load_chat
+from torchtitan_upipe.data.mixture import Mixture, Part, Source, read_mixture
+from torchtitan_upipe.data.packing import PackedTexts
+from torchtitan_upipe.data.reader import Reader
+from torchtitan_upipe.data.stream import DocumentStream, TokenStream
 from torchtitan_upipe.data.text import load_local, load_stdlib, text_of
 
+MIXTURE = "mixture"
 BEGIN_AGAIN = 'set checkpoint.exclude_from_loading = ["dataloader"] to begin this job\'s data at its start'
 
 
 def register_datasets() -> None:
-    """Add ``"stdlib"`` and ``"local"`` to the datasets that TorchTitan knows by name."""
+    """Add ``"stdlib"``, ``"local"``, ``"chat"`` and ``"mixture"`` to the datasets that TorchTitan knows by name."""
     DATASETS["stdlib"] = DatasetConfig(path="", loader=load_stdlib, sample_processor=text_of)
     DATASETS["local"] = DatasetConfig(path="", loader=load_local, sample_processor=text_of)
+    DATASETS[MIXTURE] = DatasetConfig(path="", loader=read_mixture, sample_processor=text_of)
+    DATASETS["chat"] = DatasetConfig(path="", loader=load_chat, sample_processor=lambda row: row["messages"])
 
 
 class Dataloader(ParallelAwareDataloader):
-    """TorchTitan's loader of a :class:`TokenStream`; its state can be loaded by any number of data-parallel ranks."""
+    """TorchTitan's loader of a :class:`DocumentStream`; any number of data-parallel ranks can load its state."""
 
-    dataset: TokenStream
+    dataset: DocumentStream
     _saved_ranks: int | None = None
 
     def expect(self, ranks: int) -> None:
@@ -95,44 +103,75 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer,
     Raises:
         ValueError: data that cannot be read.
     """
-    return _build("training", job_config.training, dp_world_size, dp_rank, tokenizer, endless=True)
+    return _build("training", job_config, dp_world_size, dp_rank, tokenizer, endless=True)
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> Dataloader:
     """``[validation] dataset``: again and again, or once if ``steps = -1``."""
-    validation = job_config.validation
-    return _build("validation", validation, dp_world_size, dp_rank, tokenizer, endless=validation.steps != -1)
+    endless = job_config.validation.steps != -1
+    return _build("validation", job_config, dp_world_size, dp_rank, tokenizer, endless)
 
 
 def _build(
-    section_name: str, section: Any, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool
+    section_name: str, job_config: JobConfig, ranks: int, rank: int, tokenizer: BaseTokenizer, endless: bool
 ) -> Dataloader:
-    """A loader of ``section``, which is ``[training]`` or ``[validation]``."""
-    name = section.dataset.lower()
+    """A loader of the section ``[training]`` or ``[validation]``."""
+    section, training = getattr(job_config, section_name), job_config.training
+    name, path = section.dataset.lower(), section.dataset_path
+
+    def reader(source: Source) -> Reader:
+        return _reader(source, section_name, rank, ranks)
+
+    stream: DocumentStream
+    if name == "chat":
+        stream = ChatStream(
+            reader(Source(name, path)),
+            ChatTemplate(job_config.model.hf_assets_path),
+            section.seq_len,
+            packed=training.document_mask,
+            cut=training.longer_conversations == "cut",
+            endless=endless,
+        )
+    else:
+        documents: Reader | Mixture
+        if name == MIXTURE:
+            parts = [Part(reader(s), _encoder(s.dataset.lower(), tokenizer), s) for s in read_mixture(path)]
+            documents, encode = Mixture(parts), lambda tokens: tokens
+        else:
+            documents, encode = reader(Source(name, path)), _encoder(name, tokenizer)
+        if training.packing == "first_fit":
+            stream = PackedTexts(documents, encode, section.seq_len, marks=training.document_mask, endless=endless)
+        else:
+            end = None if training.labels_across_documents else tokenizer.eos_id
+            stream = TokenStream(documents, encode, section.seq_len, document_end=end, endless=endless)
+    loader = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
+    return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **loader)
+
+
+def _encoder(name: str, tokenizer: BaseTokenizer) -> Callable[[Any], list[int]]:
+    """From a row of the dataset ``name`` to its tokens, begin and end of the document included."""
+    text_of_row = DATASETS[name].sample_processor
+    return lambda row: tokenizer.encode(text_of_row(row), add_bos=True, add_eos=True)
+
+
+def _reader(source: Source, section_name: str, rank: int, ranks: int) -> Reader:
+    """The documents of ``source`` for this data-parallel rank."""
+    name = source.dataset.lower()
     config = DATASETS[name]
-    path = section.dataset_path or config.path
+    path = source.dataset_path or config.path
     path = os.path.realpath(path) if path and Path(path).exists() else path  # one spelling, whatever the job's
-    source = f"dataset {name!r}" + (f" at {path!r}" if path else "")
+    described = f"dataset {name!r}" + (f" at {path!r}" if path else "")
     try:
         rows = config.loader(path)
     except ValueError:
         raise
     except Exception as error:  # whatever a user's loader, a hub or a network raises
         raise ValueError(
-            f"{source} cannot be opened ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
+            f"{described} cannot be opened ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
             f"set {section_name}.dataset, or {section_name}.dataset_path to a copy on this machine."
         ) from error
-    stream = TokenStream(
-        rows,
-        config.sample_processor,
-        lambda text: tokenizer.encode(text, add_bos=True, add_eos=True),
-        section.seq_len,
-        rank=rank,
-        ranks=ranks,
-        endless=endless,
-        source=source,
-    )
-    options = {**asdict(section.dataloader), "batch_size": section.local_batch_size}
-    return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **options)
+    if source.min_tokens or source.max_tokens:
+        described += f" ({source.min_tokens} to {source.max_tokens or 'any number of'} tokens)"
+    return Reader(rows, rank=rank, ranks=ranks, source=described)

@@ -28,6 +28,7 @@ from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor, load_balancer
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.job.check import validate_job
+from torchtitan_upipe.job.model import job_rope
 from torchtitan_upipe.job.shape import job_shape
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.stash.hidden import HiddenStates
@@ -92,10 +93,12 @@ class Parallelize:
         cp = job_config.context_parallel
         ulysses_group, ring_group = _groups(parallel_dims, *degrees(cp.method, parallel_dims.cp, cp.ring_degree))
         stashes = _stashes(job_config, parallel_dims.world_size, pool)
-        frequencies = self.rope.frequencies(model.model_args).to(device_type)  # once: a copy makes the host wait
-        self.rope.drop_table(model)
         blocks: Any = model.layers
         head_dim = next(iter(blocks.values())).attention.head_dim
+        model_args: Any = model.model_args
+        rope = job_rope(job_config, model_args)
+        frequencies = rope.frequencies(head_dim).to(device_type)  # once: a copy makes the host wait
+        self.rope.drop_table(model)
         kernel = build_kernel(cp.attention_kernel, device_type, head_dim)
         for block, new_stash in zip(blocks.values(), stashes, strict=True):
             method = build_method(
@@ -113,7 +116,7 @@ class Parallelize:
                 kernel=kernel,
             )
             block.attention = ContextParallelAttention(
-                block.attention, method, self.rope, frequencies, job_config.training.document_mask
+                block.attention, method, self.rope, frequencies, rope.scale, job_config.training.document_mask
             )
         logger.info(
             f"Attached context parallelism to the model: {cp.method} over {parallel_dims.cp} ranks, "

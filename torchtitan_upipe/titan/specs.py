@@ -12,6 +12,7 @@ from torchtitan_upipe.titan.datasets import build_dataloader, register_datasets
 from torchtitan_upipe.titan.flavors import LLAMA3_DEBUG, QWEN3_DEBUG
 from torchtitan_upipe.titan.metrics import build_metrics
 from torchtitan_upipe.titan.parallelize import Parallelize
+from torchtitan_upipe.titan.pretrained import FLAVOR, Llama, PretrainedLlamaArgs, PretrainedQwenArgs
 from torchtitan_upipe.titan.rope import LLAMA_ROPE, QWEN_ROPE
 from torchtitan_upipe.titan.validator import build_validator
 
@@ -21,7 +22,8 @@ def llama3_spec() -> TrainSpec:
     spec = llama3.get_train_spec()
     return replace(
         spec,
-        model_args={**spec.model_args, **LLAMA3_DEBUG},
+        model_cls=Llama,
+        model_args={**spec.model_args, **LLAMA3_DEBUG, FLAVOR: PretrainedLlamaArgs()},
         parallelize_fn=Parallelize(spec.parallelize_fn, LLAMA_ROPE),
         pipelining_fn=None,
         build_dataloader_fn=build_dataloader,
@@ -36,7 +38,7 @@ def qwen3_spec() -> TrainSpec:
     spec = qwen3.get_train_spec()
     return replace(
         spec,
-        model_args={**spec.model_args, **QWEN3_DEBUG},
+        model_args={**spec.model_args, **QWEN3_DEBUG, FLAVOR: PretrainedQwenArgs()},
         parallelize_fn=Parallelize(spec.parallelize_fn, QWEN_ROPE),
         build_dataloader_fn=build_dataloader,
         build_validator_fn=build_validator,

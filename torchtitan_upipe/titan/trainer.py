@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torchtitan.train
 from torch import Tensor
@@ -22,6 +23,7 @@ from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
 from torchtitan_upipe.titan.checkpoint import Checkpoints
 from torchtitan_upipe.titan.dims import TrainerDims
+from torchtitan_upipe.titan.export import model_files
 from torchtitan_upipe.titan.settings import choose_settings
 from torchtitan_upipe.titan.tiled import summed_loss
 
@@ -39,6 +41,7 @@ class Trainer(torchtitan.train.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         with _own_checkpoints():
             super().__init__(job_config)
+        self.checkpointer.model_files = model_files(job_config, self.model_args)
         method = job_config.context_parallel.method
         attached = any(isinstance(m, ContextParallelAttention) for part in self.model_parts for m in part.modules())
         if method != "torchtitan" and not attached:
@@ -83,8 +86,14 @@ class Trainer(torchtitan.train.Trainer):
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]:
         """``input_dict["input"]`` and ``labels``, both ``[B, S]``, to this rank's ``[B, N]``."""
-        eos_id = getattr(self.tokenizer, "eos_id", None)
-        inputs, labels, kwargs = shard_batch(input_dict["input"], labels, self.parallel_dims, self.job_config, eos_id)
+        inputs, labels, kwargs = shard_batch(
+            input_dict["input"],
+            labels,
+            self.parallel_dims,
+            self.job_config,
+            getattr(self.tokenizer, "eos_id", None),
+            input_dict.get("starts"),
+        )
         return inputs, labels, {}, kwargs
 
     def forward_backward_step(
@@ -93,13 +102,15 @@ class Trainer(torchtitan.train.Trainer):
         """One micro-batch, as TorchTitan does without pipelining; a tiled model computes its loss itself.
 
         Returns:
-            This rank's share of the mean loss per token: a scalar whose sum over ranks is the mean.
+            This rank's share of the mean loss per label that is not ignored, over all ranks and micro-batches of the
+            step: a scalar whose sum over ranks and micro-batches is the mean, 0 where all labels are ignored.
         """
         inputs, labels, extra_inputs, kwargs = self.post_dataloading_process(input_dict, labels)
         (model,) = self.model_parts
         with self.train_context():
             with self.maybe_enable_amp:
-                loss = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs) / global_valid_tokens
+                total = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs)
+                loss = total / torch.as_tensor(global_valid_tokens).clamp(min=1)
             loss.backward()
         return loss
 

@@ -88,9 +88,11 @@ class ContextParallelValidator(BaseValidator):
             tokens = dist_utils.dist_sum(tokens, self.parallel_dims.get_mesh("batch"))
         inputs = input_dict["input"].to(device_type)
         eos_id = getattr(self.tokenizer, "eos_id", None)
-        local, local_labels, kwargs = shard_batch(inputs, labels, self.parallel_dims, self.job_config, eos_id)
+        local, local_labels, kwargs = shard_batch(
+            inputs, labels, self.parallel_dims, self.job_config, eos_id, input_dict.get("starts")
+        )
         with self.validation_context(), self.maybe_enable_amp:
-            return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / tokens
+            return summed_loss(model, self.loss_fn, local, local_labels, **kwargs) / max(float(tokens), 1.0)
 
 
 def build_validator(

@@ -1,0 +1,1 @@
+"""What Transformers reads and writes."""
