@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torchtitan_upipe.cp.attention import SequenceAttention
 from torchtitan_upipe.cp.chunks import ChunkedLayer, sequence_chunks
 from torchtitan_upipe.cp.collectives import HeadExchange
-from torchtitan_upipe.cp.gradients import LayerGradients, project_out
+from torchtitan_upipe.cp.gradients import BIASES, LayerGradients, project_out
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.stage import StageLayer
 from torchtitan_upipe.cp.stashing import StashingMethod
@@ -161,7 +161,7 @@ class _FPDTLayer(torch.autograd.Function):
             _keep_chunk(layer, i, ctx.stash, dy[:, rows], of_output.of_rows(rows))
         d_weights = {"wo": of_output.weight("wo")}
 
-        inputs = ("wq", "wk", "wv", "q_norm", "k_norm")
+        inputs = ("wq", "wk", "wv", "q_norm", "k_norm", *BIASES.values())
         of_inputs, dx = collect(summed=inputs), torch.empty_like(x)
         for j in range(len(layer.chunks.slices)):
             # attention, of all queries that see chunk j

@@ -25,7 +25,8 @@ from torchtitan_upipe.tiled.tiles import row_slices
 
 ROWS = 8192  # tokens of one matrix product over all heads
 PROJECTIONS = ("wq", "wk", "wv")
-SUMMED = ("wo", "q_norm", "k_norm")  # gradients to which every query tile adds: kept in float32
+BIASES = dict(zip(PROJECTIONS, ("bq", "bk", "bv"), strict=True))
+SUMMED = ("wo", "q_norm", "k_norm", *BIASES.values())  # gradients to which every query tile adds: kept in float32
 
 
 def project_out(stash: Stash, schedule: HeadSchedule, tiles: Sequence[Interval], x: Tensor, wo: Tensor) -> Tensor:
@@ -84,8 +85,17 @@ class LayerGradients:
         d_weight = self.weight_grads[name].unflatten(0, (-1, self.head_dim))  # [H, d, D], a view
         for source, target in runs(heads):
             d_weight[target] += d_rows[source]
+        self._add_bias(BIASES[name], heads, grad)
         self.settle()
         self._heads.append((name, heads, self.put_away(grad)))
+
+    def _add_bias(self, name: str, heads: tuple[int, ...], grad: Tensor) -> None:
+        """Add the sum over tokens of ``grad [B, N, n, d]``, in float32, to the bias ``name`` if the model has it."""
+        if name in self.weight_grads:
+            d_bias = self.weight_grads[name].unflatten(0, (-1, self.head_dim))  # [H, d], a view
+            d_heads = grad.sum((0, 1), dtype=d_bias.dtype)  # [n, d]
+            for source, target in runs(heads):
+                d_bias[target] += d_heads[source]
 
     def settle(self) -> None:
         """No heads' gradient takes memory on the device any more, unless the device is where it is kept."""
@@ -94,7 +104,7 @@ class LayerGradients:
 
     def add_queries(self, layer: StageLayer, stage: Stage, dq: Tensor) -> None:
         """``dq [B, N, U, d]`` of the stage's queries, before RoPE and norm are undone; it is overwritten and kept."""
-        projected = None if self.weights.q_norm is None else layer.project(self.weights.wq, stage.queries)
+        projected = None if self.weights.q_norm is None else layer.project("q", stage.queries)
         dq, d_norm = layer.transform.vjp_(dq, projected, self.weights.q_norm, ALL_ROWS)
         self.add_norm("q_norm", d_norm)
         self.add_projection("wq", stage.queries.distinct, dq)
@@ -108,7 +118,7 @@ class LayerGradients:
         dks, dvs = [b.dk for b in leaving if b.dk is not None], [b.dv for b in leaving if b.dv is not None]
         del leaving
         dk = layer.release(stage, dks)  # [B, N, n, d]
-        projected = None if self.weights.k_norm is None else layer.project(self.weights.wk, stage.release)
+        projected = None if self.weights.k_norm is None else layer.project("k", stage.release)
         dk, d_norm = layer.transform.vjp_(dk, projected, self.weights.k_norm, ALL_ROWS)
         self.add_projection("wk", released, dk)
         self.add_norm("k_norm", d_norm)
