@@ -189,7 +189,7 @@ def check_strict(shape: Shape, which: list[Variant], *kernel_and_largest: Any) -
     return ranks[0][1]
 
 
-BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few")
+BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few", "bias")
 
 
 @pytest.mark.parametrize("mask", ["causal", "packed"])

@@ -28,11 +28,13 @@ class Rope:
         frequencies: ``[d/2]``, float64: radians per position.
         positions: ``[B or 1, N]`` int64, of this rank's tokens.
         interleaved: pairs are ``(0, 1), (2, 3), ..`` (Llama in TorchTitan's layout); else ``(i, i + d/2)`` (Qwen).
+        scale: factor of the rotated heads (YaRN, arXiv 2309.00071, section 3.4; 1 elsewhere).
     """
 
     frequencies: Tensor
     positions: Tensor
     interleaved: bool
+    scale: float = 1.0
 
     def __call__(self, heads: Tensor) -> Tensor:
         """Rotate the heads of all tokens, in float32 (float64 for float64); a new tensor, differentiable."""
@@ -41,7 +43,7 @@ class Rope:
     def rotate_(self, heads: Tensor, rows: slice = slice(None), *, inverse: bool = False) -> Tensor:
         """Rotate the heads of the tokens ``rows`` in place, or back; returns ``heads``.
 
-        Back is the inverse and, a rotation being orthogonal, also the transpose.
+        Back is the transpose, which for a rotation is the inverse; the scale is applied either way.
         """
         positions = self.positions[:, rows]
         for at in row_slices(0, heads.shape[1], ROWS):
@@ -50,6 +52,8 @@ class Rope:
             angles = positions[:, at, None, None].double() * self.frequencies  # [B or 1, n, 1, d/2]
             angles = angles.remainder(2 * math.pi).to(wide.dtype)
             cos, sin = angles.cos(), -angles.sin() if inverse else angles.sin()
+            if self.scale != 1.0:
+                cos, sin = cos * self.scale, sin * self.scale
             a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else wide.chunk(2, dim=-1)
             rotated = (a * cos - b * sin, a * sin + b * cos)
             part.copy_(torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1))
