@@ -17,6 +17,7 @@ from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 
 READ = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask", "seq_idx")
+SAID_AGAIN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # by position_ids or seq_idx
 
 
 def shard_batch(
@@ -34,7 +35,8 @@ def shard_batch(
     Args:
         batch: ``input_ids [B, S]`` and any of ``labels [B, S]`` (shifted here, as a model of Transformers does),
             ``shift_labels [B, S]`` (shifted already; they count where both are there), ``position_ids [B or 1, S]``,
-            ``seq_idx [B, S]``, ``attention_mask [B, S]`` of rows padded on the right.
+            ``seq_idx [B, S]``, ``attention_mask [B, S]`` of rows padded on the right; lengths of documents for
+            variable-length kernels, where ``position_ids`` or ``seq_idx`` say the same.
         mesh: of the context-parallel ranks, one-dimensional; None for one rank.
         method: as given to :func:`~torchtitan_upipe.huggingface.model.context_parallel`, as are the following.
 
@@ -46,7 +48,9 @@ def shard_batch(
     Raises:
         ValueError: another mask, labels on padding, or fields that nothing here knows.
     """
-    unknown = sorted(name for name, value in batch.items() if name not in READ and value is not None)
+    says_documents = batch.get("position_ids") is not None or batch.get("seq_idx") is not None
+    known = READ + SAID_AGAIN if says_documents else READ
+    unknown = sorted(name for name, value in batch.items() if name not in known and value is not None)
     if unknown or batch.get("input_ids") is None:
         raise ValueError(
             f"the batch holds {', '.join(unknown) or 'no input_ids'}; shard_batch takes input_ids and any of "

@@ -44,7 +44,7 @@ def context_parallel(
     sum over the ranks of ``mesh`` is the gradient, their mean what FSDP2 makes of them.
 
     Args:
-        model: a ``ForCausalLM`` of Llama, Mistral, Qwen2 or Qwen3.
+        model: a ``ForCausalLM`` of Llama, Mistral, Qwen2 or Qwen3, with or without adapters on its feed-forward.
         mesh: of the context-parallel ranks, one-dimensional; None for one rank.
         method: ``"upipe"``, ``"ulysses"``, ``"ring"`` or ``"fpdt"``.
         head_chunk: query heads of the whole group in a stage, 0 = all; ``"upipe"`` only, which rounds it as
@@ -64,10 +64,13 @@ def context_parallel(
     Raises:
         ValueError: the model or the combination is not supported.
     """
-    _check_model(model)
+    causal_lm: Any = model
+    if hasattr(model, "get_base_model"):  # an adapter's wrapper
+        causal_lm = causal_lm.get_base_model()
+    _check_model(causal_lm)
     _check_options(method, head_chunk, stash, query_tiles, tile_size)
-    base: Any = model.model
-    config: Any = model.config
+    base: Any = causal_lm.model
+    config: Any = causal_lm.config
     layout = layout_of(mesh, method, ring_degree, sequence_chunk)
     ulysses_group, ring_group = groups_of(mesh, layout)
     device_type = device_type or (next(model.parameters()).device.type if mesh is None else mesh.device_type)
@@ -99,7 +102,7 @@ def context_parallel(
         )
         adopt(attention, ContextParallelAttention, method=built, rope=rope, layout=layout)
     if tile_size:
-        _tile(model, tile_size)
+        _tile(causal_lm, tile_size)
     else:
         for block in base.layers:
             adopt(block, StashedLayer)
@@ -137,10 +140,7 @@ def _check_model(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if config is None or kind not in MODELS or not hasattr(model, "lm_head") or not hasattr(model, "model"):
-        raise ValueError(
-            f"a {type(model).__name__} is not supported; give a ForCausalLM of {', '.join(MODELS)} (without an "
-            "adapter's wrapper around it: add adapters afterwards)."
-        )
+        raise ValueError(f"a {type(model).__name__} is not supported; give a ForCausalLM of {', '.join(MODELS)}.")
     base: Any = model.model
     for block in base.layers:
         attention = block.self_attn
