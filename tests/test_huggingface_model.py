@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
 from tests.ranks import run_ranks
 from tests.reference import relative_error
 from torchtitan_upipe.data.sharding import shard_positions
+from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.huggingface import context_parallel, shard_batch, summed_loss
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "initializer_range": 0.1}
@@ -205,3 +207,40 @@ def test_every_method_gives_the_unmodified_models_logits_and_gradients(degree: i
         for case, found in rank.items():
             assert found.pop("logits") < 1e-4, case
             assert max(found.values()) < 1e-5, (case, variants(degree)[case[-1]], found)
+
+
+def sharded_rank(truths: Path) -> dict[Any, dict[str, float]]:
+    """FSDP2 before and after the method, as Accelerate shards: blocks, embedding, final norm with the output layer."""
+    mesh, truth = group(), torch.load(truths)["llama", "packed"]
+    found = {}
+    for first in ("method", "fsdp"):
+        for tile_size in (0, 8):
+            model = build("llama")
+            for step in (first, "fsdp" if first == "method" else "method"):
+                if step == "method":
+                    context_parallel(model, mesh, head_chunk=2, tile_size=tile_size)
+                else:
+                    shard(model, mesh)
+            model.gradient_checkpointing_enable()
+            model.train()
+            loss = summed_loss(model, shard_batch(batch("packed"), mesh))
+            (loss * mesh.size()).backward()  # FSDP2 takes the mean over ranks
+            found[first, tile_size] = {
+                key: relative_error(p.grad.full_tensor(), truth[key]) for key, p in model.named_parameters()
+            }
+    return found
+
+
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    prepare_for_gloo(model)
+
+
+def test_before_and_after_fsdp(truths: Path) -> None:
+    found = run_ranks(sharded_rank, 2, truths)[0]
+    assert len(found) == 4
+    for case, errors in found.items():
+        assert max(errors.values()) < 1e-5, (case, errors)

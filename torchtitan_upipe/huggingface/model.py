@@ -69,6 +69,8 @@ def context_parallel(
         causal_lm = causal_lm.get_base_model()
     _check_model(causal_lm)
     _check_options(method, head_chunk, stash, query_tiles, tile_size)
+    if tile_size:
+        _check_tiled(causal_lm, tile_size)
     base: Any = causal_lm.model
     config: Any = causal_lm.config
     layout = layout_of(mesh, method, ring_degree, sequence_chunk)
@@ -86,8 +88,8 @@ def context_parallel(
         "device": Stash,
         "host": partial(Stash, pool.put),
     }
-    for attention in attentions:
-        built = build_method(
+    methods = [
+        build_method(
             method,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
@@ -100,7 +102,10 @@ def context_parallel(
             ring_group=ring_group,
             kernel=kernel,
         )
-        adopt(attention, ContextParallelAttention, method=built, rope=rope, layout=layout)
+        for _ in attentions
+    ]
+    for attention, one in zip(attentions, methods, strict=True):
+        adopt(attention, ContextParallelAttention, method=one, rope=rope, layout=layout)
     if tile_size:
         _tile(causal_lm, tile_size)
     else:
@@ -113,27 +118,30 @@ def context_parallel(
 
 
 def _tile(model: nn.Module, tile_size: int) -> None:
-    """Blocks, final norm and output in tiles; a tile's logits are no larger than an inner tensor of the feed-forward.
-
-    Raises:
-        ValueError: the feed-forward is not SwiGLU, or has biases.
-    """
+    """Blocks, final norm and output in tiles; of the last so few rows that logits are as an inner tensor's tile."""
     base: Any = model.model
     config: Any = model.config
     output: Any = model.lm_head
-    if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
-        raise ValueError(
-            f"tile_size = {tile_size} needs a feed-forward of SwiGLU without biases, and the model has hidden_act = "
-            f"{config.hidden_act!r}, mlp_bias = {getattr(config, 'mlp_bias', False)}; set tile_size = 0."
-        )
     for block in base.layers:
-        for linear in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj):
-            check_linear(linear)
         adopt(block, TiledLayer, tile_size=tile_size)
     task = LossTask()
     rows = min(tile_size, max(1, tile_size * config.intermediate_size // config.vocab_size))
     adopt(base.norm, FinalNorm, task=task)
     adopt(output, TiledOutput, task=task, norm=[base.norm], tile_size=rows)
+
+
+def _check_tiled(model: nn.Module, tile_size: int) -> None:
+    """Refuse a feed-forward that is not SwiGLU or has biases, and an adapter on it or on the output."""
+    base: Any = model.model
+    config: Any = model.config
+    if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
+        raise ValueError(
+            f"tile_size = {tile_size} needs a feed-forward of SwiGLU without biases, and the model has hidden_act = "
+            f"{config.hidden_act!r}, mlp_bias = {getattr(config, 'mlp_bias', False)}; set tile_size = 0."
+        )
+    linears = [getattr(block.mlp, name) for block in base.layers for name in ("gate_proj", "up_proj", "down_proj")]
+    for linear in (*linears, model.lm_head):
+        check_linear(linear)
 
 
 def _check_model(model: nn.Module) -> None:
