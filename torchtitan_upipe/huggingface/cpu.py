@@ -16,7 +16,7 @@ def fsdp_on_cpu(args: Any) -> Iterator[None]:
     Accelerate 1.15 chooses FSDP only where it counts several accelerators, whatever the plugin asks for.
     """
     state = PartialState()
-    if not args.fsdp or state.distributed_type != DistributedType.MULTI_CPU:
+    if args.fsdp_plugin_args is None or state.distributed_type != DistributedType.MULTI_CPU:
         yield
         return
     shared = PartialState._shared_state

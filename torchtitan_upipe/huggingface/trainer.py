@@ -195,7 +195,7 @@ def parallelism(args: Any, cp_size: int | None) -> ParallelismConfig | None:
     size = cp_size or (world if given is None else given.cp_size)
     if world % size:
         raise ValueError(f"cp_size = {size} does not divide the {world} ranks; choose a divisor.")
-    if world > 1 and not args.fsdp:
+    if world > 1 and args.fsdp_plugin_args is None:
         raise ValueError(
             f"{world} ranks need FSDP2, which shards the weights over them; set fsdp = True in the arguments."
         )
