@@ -10,15 +10,22 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+from tests.ranks import preload
 from torchtitan_upipe.huggingface.trainer import ContextParallelTrainer
+
+preload(__name__)
 
 SMALL = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 Log = list[dict[str, float]]
@@ -32,6 +39,18 @@ def llama() -> PreTrainedModel:
 def qwen2() -> PreTrainedModel:
     torch.manual_seed(0)
     return Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=1, use_cache=False, **SMALL))
+
+
+def mistral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+    return MistralForCausalLM(MistralConfig(sliding_window=None, use_cache=False, **heads, **SMALL))
+
+
+def qwen3() -> PreTrainedModel:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    return Qwen3ForCausalLM(Qwen3Config(use_cache=False, **heads, **SMALL))
 
 
 def conversations(number: int = 48) -> list[dict[str, list[int]]]:
@@ -69,7 +88,6 @@ def arguments(folder: Path, ranks: int, **options: Any) -> TrainingArguments:
         "max_steps": 10,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2,
         "logging_steps": 1,
         "save_strategy": "no",
         "eval_strategy": "steps",

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.huggingface_jobs import preload  # noqa: F401  (what ranks import)
 from tests.ranks import run_ranks
 from tests.reference import relative_error
 from torchtitan_upipe.data.sharding import shard_positions

@@ -202,3 +202,27 @@ def test_it_runs_without_torchtitan() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("stash, times", [("device", 1), ("host", 1), ("none", 2)])
+@pytest.mark.parametrize("first", ["method", "checkpointing"])
+def test_checkpointed_blocks_find_their_stash(first: str, stash: str, times: int, monkeypatch: Any) -> None:
+    """Attention runs once where there is one, whether checkpointing is asked for before or after."""
+    model = llama().train()
+    if first == "checkpointing":
+        model.gradient_checkpointing_enable()
+    context_parallel(model, None, head_chunk=2, stash=stash)
+    if first == "method":
+        model.gradient_checkpointing_enable()
+    calls = 0
+    kernel = model.model.layers[0].self_attn.method.attention.kernel
+    forward = kernel.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, "forward", counted)
+    summed_loss(model, shard_batch({"input_ids": IDS, "labels": IDS}, None)).backward()
+    assert calls == times * 2 * 2  # layers, stages

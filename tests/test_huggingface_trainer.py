@@ -13,20 +13,25 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from tests.huggingface_jobs import Log, conversations, llama, log_of, qwen2, train
+from tests.huggingface_jobs import Log, conversations, llama, log_of, mistral, qwen2, qwen3, train
 from tests.jobs import ROOT
 from tests.ranks import run_ranks
 
 CASES: dict[str, dict[str, Any]] = {
-    "upipe": {"model": llama, "collator": "packed", "context_parallel": {"head_chunk": 2, "tile_size": 8}},
+    "upipe": {
+        "model": llama,
+        "collator": "packed",
+        "context_parallel": {"head_chunk": 2, "tile_size": 8},
+        "gradient_accumulation_steps": 2,
+    },
     "stash": {
         "model": qwen2,
         "collator": "padded",
         "context_parallel": {"head_chunk": 2, "stash": "host"},
         "gradient_checkpointing": True,
     },
-    "hybrid": {"model": llama, "collator": "packed", "context_parallel": {"method": "ulysses", "ring_degree": 2}},
-    "fpdt": {"model": qwen2, "collator": "packed", "context_parallel": {"method": "fpdt", "sequence_chunk": 16}},
+    "hybrid": {"model": mistral, "collator": "packed", "context_parallel": {"method": "ulysses", "ring_degree": 2}},
+    "fpdt": {"model": qwen3, "collator": "packed", "context_parallel": {"method": "fpdt", "sequence_chunk": 16}},
     "data_parallel": {
         "model": llama,
         "collator": "padded",
