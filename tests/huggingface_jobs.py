@@ -38,7 +38,8 @@ def llama() -> PreTrainedModel:
 
 def qwen2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=1, use_cache=False, **SMALL))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
+    return Qwen2ForCausalLM(Qwen2Config(use_cache=False, tie_word_embeddings=True, **heads, **SMALL))
 
 
 def mistral() -> PreTrainedModel:

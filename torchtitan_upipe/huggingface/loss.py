@@ -26,7 +26,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         batch: of :func:`~torchtitan_upipe.huggingface.batch.shard_batch`.
 
     Raises:
-        ValueError: the batch has no labels.
+        ValueError: the batch has no labels, or FSDP2 rounds what the model returns.
     """
     labels = batch.get("shift_labels")
     if labels is None:
@@ -35,7 +35,13 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     output = next((module for module in model.modules() if isinstance(module, TiledOutput)), None)
     if output is not None:
         with output.task.given(labels):
-            return model(**inputs).logits
+            loss: Tensor = model(**inputs).logits
+        if loss.element_size() < 4:
+            raise ValueError(
+                f"the model's output, here its summed loss, was rounded to {loss.dtype}; set output_dtype = None in "
+                "the MixedPrecisionPolicy of fully_shard."
+            )
+        return loss
     logits = model(**inputs).logits.flatten(0, 1)  # [B*N, V]
     wide = logits if logits.element_size() > 4 else logits.float()
     return F.cross_entropy(wide, labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,16 +62,21 @@ class ContextParallelMixin(Trainer):
         return mesh["cp"] if mesh is not None and "cp" in (mesh.mesh_dim_names or ()) else None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Transformers' own, with a dimension for context parallelism.
+        """Transformers' own, with a dimension for context parallelism, and no rounding of a model's output.
 
-        Until the trainer is built, Accelerate's state does not tell of it: TRL would refuse packing, for which
+        Accelerate's mixed precision rounds what the model returns, here its summed loss, to bfloat16. Until the trainer
+        is built, Accelerate's state does not tell of context parallelism: TRL would refuse packing, for which
         Accelerate's own method has no mask.
         """
         self._parallelism = parallelism(self.args, self._cp_size)
         self.args.parallelism_config = self._parallelism
         with fsdp_on_cpu(self.args):
             super().create_accelerator_and_postprocess()
-        self.accelerator.state.parallelism_config = None
+        state: Any = self.accelerator.state
+        state.parallelism_config = None
+        policy = getattr(getattr(state, "fsdp_plugin", None), "mixed_precision_policy", None)
+        if policy is not None:
+            state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
     def _check_arguments(self) -> None:
         args: Any = self.args
@@ -184,6 +191,8 @@ def parallelism(args: Any, cp_size: int | None) -> ParallelismConfig | None:
         ValueError: they cannot be divided so, or other parallelism is asked for.
     """
     given: ParallelismConfig | None = args.parallelism_config
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":  # accelerate launch
+        given = ParallelismConfig()
     world: int = args.world_size
     if given is not None and (given.tp_size > 1 or given.sp_size > 1):
         raise ValueError(
