@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preload"])
+_PRELOADED = ["tests.preload"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 class RankError(AssertionError):
@@ -61,6 +62,12 @@ def run_ranks(
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def preload(module: str) -> None:
+    """Let the server import ``module``, too, where a test file that is collected asks for it: ranks then need not."""
+    if module not in _PRELOADED:
+        _PRELOADED.append(module)  # the list that the server reads when the first rank starts
 
 
 def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:

@@ -29,6 +29,7 @@ class Shape:
     head_dim: int = 16
     dim: int = 48
     norm: bool = False
+    bias: bool = False
     interleaved: bool = True
     batch: int = 1
     length: int = 64
@@ -82,6 +83,9 @@ class Case:
             "wv": draw(s.kv_heads * s.head_dim, s.dim, std=s.dim**-0.5),
             "wo": draw(s.dim, s.heads * s.head_dim, std=(s.heads * s.head_dim) ** -0.5),
         }
+        if s.bias:
+            names = {"bq": s.heads, "bk": s.kv_heads, "bv": s.kv_heads}
+            self.weights |= {name: draw(heads * s.head_dim) for name, heads in names.items()}
         if s.norm:
             self.weights |= {"q_norm": 1 + draw(s.head_dim, std=0.1), "k_norm": 1 + draw(s.head_dim, std=0.1)}
 
@@ -146,9 +150,9 @@ def plain_attention(case: Case, x: Tensor, w: dict[str, Tensor]) -> Tensor:
     """``y [B, S, D]`` of the normalised ``x``, in ordinary autograd."""
     s, device = case.shape, x.device
     transform = case.transform(s.positions.to(device))
-    q = transform(F.linear(x, w["wq"]).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
-    k = transform(F.linear(x, w["wk"]).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
-    v = F.linear(x, w["wv"]).unflatten(-1, (-1, s.head_dim))
+    q = transform(F.linear(x, w["wq"], w.get("bq")).unflatten(-1, (-1, s.head_dim)), w.get("q_norm"))
+    k = transform(F.linear(x, w["wk"], w.get("bk")).unflatten(-1, (-1, s.head_dim)), w.get("k_norm"))
+    v = F.linear(x, w["wv"], w.get("bv")).unflatten(-1, (-1, s.head_dim))
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -40,6 +40,7 @@ SHAPES = {
     "fifteen": Shape(15, 5, batch=2),
     "few": Shape(3, 1, norm=True),  # fewer heads than ranks
     "two": Shape(2, 2),
+    "bias": Shape(7, 1, bias=True, batch=2),  # as Qwen2's
 }
 
 # Documents of many lengths, one token among them; none divides anything. The second sequence is one document.
@@ -188,7 +189,7 @@ def check_strict(shape: Shape, which: list[Variant], *kernel_and_largest: Any) -
     return ranks[0][1]
 
 
-BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few")
+BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few", "bias")
 
 
 @pytest.mark.parametrize("mask", ["causal", "packed"])

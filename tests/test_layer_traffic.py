@@ -16,10 +16,9 @@ from tests.ranks import run_ranks
 from tests.reference import Case, Shape
 from tests.test_layer import SHAPES, Variant, build
 from torchtitan_upipe.cp.collectives import Traffic
-from torchtitan_upipe.cp.stashing import StashingMethod
+from torchtitan_upipe.cp.stashing import StashForBothRuns, StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.kernels.select import build_kernel
-from torchtitan_upipe.titan.parallelize import StashForBothRuns
 
 
 class CountingKernel:

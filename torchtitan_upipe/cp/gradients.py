@@ -26,6 +26,7 @@ from torchtitan_upipe.tiled.rows import ALL_ROWS, Rows
 from torchtitan_upipe.tiled.tiles import add_weight_gradient
 
 PROJECTIONS = ("wq", "wk", "wv")
+BIASES = ("bq", "bk", "bv")
 
 
 def project_out(
@@ -89,7 +90,7 @@ class LayerGradients:
 
     def add_queries(self, layer: StageLayer, stage: Stage, dq: Tensor) -> None:
         """``dq [B, N, U, d]`` of the stage's queries, before RoPE and norm are undone; it is overwritten and kept."""
-        projected = None if self.weights.q_norm is None else layer.project(self.weights.wq, stage.queries)
+        projected = None if self.weights.q_norm is None else layer.project("q", stage.queries)
         dq, d_norm = layer.transform.vjp_(dq, projected, self.weights.q_norm, ALL_ROWS)
         self.add_norm("q_norm", d_norm)
         self.add_projection("wq", stage.queries.distinct, dq)
@@ -103,7 +104,7 @@ class LayerGradients:
         dks, dvs = [b.dk for b in leaving if b.dk is not None], [b.dv for b in leaving if b.dv is not None]
         del leaving
         dk = layer.release(stage, dks)  # [B, N, n, d]
-        projected = None if self.weights.k_norm is None else layer.project(self.weights.wk, stage.release)
+        projected = None if self.weights.k_norm is None else layer.project("k", stage.release)
         dk, d_norm = layer.transform.vjp_(dk, projected, self.weights.k_norm, ALL_ROWS)
         self.add_projection("wk", released, dk)
         self.add_norm("k_norm", d_norm)
@@ -135,10 +136,10 @@ class LayerGradients:
         weight: Tensor | None = getattr(self.weights, name)
         if weight is None:
             return None
-        if name not in PROJECTIONS:
-            return self.sums.pop(name).to(weight.dtype)
-        stacked = self.sums["projections"].split(self._sizes())
-        return stacked[PROJECTIONS.index(name)].to(weight.dtype)
+        for stacked, names in (("projections", PROJECTIONS), ("biases", BIASES)):
+            if name in names:
+                return self.sums[stacked].split(self._sizes())[names.index(name)].to(weight.dtype)
+        return self.sums.pop(name).to(weight.dtype)
 
     def heads(self, slices: Sequence[slice]) -> Iterator[Tensor]:
         """Gradients of all stages' query, key and value heads, ``[B, rows, (H + 2*G)*d]``, of each of ``slices``."""
@@ -161,6 +162,9 @@ class LayerGradients:
         """
         flat = heads.flatten(0, 1)  # [B*n, (H + 2*G)*d]
         add_weight_gradient(self._sum("projections", self.stacked), flat, x.flatten(0, 1))
+        if any(getattr(self.weights, name) is not None for name in BIASES):
+            total = self._sum("biases", flat[0])
+            total += flat.sum(0, dtype=total.dtype)
         return (flat @ self.stacked).unflatten(0, heads.shape[:2])
 
     @cached_property

@@ -55,10 +55,13 @@ class StageLayer:
     exchange: HeadExchange
     attention: SequenceAttention
 
-    def project(self, weight: Tensor, placement: HeadPlacement, rows: slice = ALL_ROWS) -> Tensor:
-        """Project the placement's distinct heads: ``[B, n, h, d]``, in one matrix product for each part of the rows."""
+    def project(self, name: str, placement: HeadPlacement, rows: slice = ALL_ROWS) -> Tensor:
+        """Project the placement's distinct heads by ``"q"``, ``"k"`` or ``"v"``: ``[B, n, h, d]``, part by part."""
+        weight, bias = (getattr(self.weights, kind + name) for kind in "wb")
         weight_rows = head_rows(weight, placement.distinct, self.head_dim)
-        return _by_parts(self.x, rows, lambda x: F.linear(x, weight_rows)).unflatten(-1, (-1, self.head_dim))
+        bias_rows = None if bias is None else head_rows(bias, placement.distinct, self.head_dim)
+        product = _by_parts(self.x, rows, lambda x: F.linear(x, weight_rows, bias_rows))
+        return product.unflatten(-1, (-1, self.head_dim))
 
     def queries(self, stage: Stage, tile: Interval) -> tuple[Tensor, Tensor | None]:
         """Project, transform and exchange the stage's queries.
@@ -67,15 +70,15 @@ class StageLayer:
             ``q [B, Sq, u, d]`` of this rank, and the projection before the norm ``[B, n, U, d]`` where there is a norm.
         """
         rows = slice(*tile)
-        projected = self.project(self.weights.wq, stage.queries, rows)
+        projected = self.project("q", stage.queries, rows)
         q = self.transform.apply_(projected, self.weights.q_norm, rows)
         return self.to_heads(stage, tile, q), None if self.weights.q_norm is None else projected
 
     def fetch_kv(self, stage: Stage) -> KVBlock:
         """Project, transform and exchange the KV heads that arrive with this stage: ``k, v [B, S, g, d]``."""
-        k = self.transform.apply_(self.project(self.weights.wk, stage.fetch), self.weights.k_norm, ALL_ROWS)
+        k = self.transform.apply_(self.project("k", stage.fetch), self.weights.k_norm, ALL_ROWS)
         k = self.exchange.to_heads(split_keys(k, stage.fetch))
-        v = self.exchange.to_heads(split_keys(self.project(self.weights.wv, stage.fetch), stage.fetch))
+        v = self.exchange.to_heads(split_keys(self.project("v", stage.fetch), stage.fetch))
         return KVBlock(k, v)
 
     def attend(self, stage: Stage, tile: Interval, q: Tensor, kv: dict[int, KVBlock]) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,7 @@ def _by_parts(rows: Rows, wanted: slice, product: Callable[[Tensor], Tensor]) ->
 
 
 def head_rows(weight: Tensor, heads: Sequence[int], head_dim: int) -> Tensor:
-    """Rows ``[n*d, D]`` of ``heads`` in ``weight [H*d, D]``; a view where the heads are consecutive."""
+    """Rows ``[n*d, D]`` of ``heads`` in ``weight [H*d, D]``, or of a bias; a view where the heads are consecutive."""
     by_head = weight.unflatten(0, (-1, head_dim))  # [H, d, D]
     parts = [by_head[target] for _, target in runs(heads)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(0, 1)

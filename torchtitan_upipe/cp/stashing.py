@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -44,3 +45,20 @@ class StashingMethod:
             return self._block_stash, self._fill_block_stash
         new_stash = self.new_stash if torch.is_grad_enabled() else None
         return (new_stash or Stash)(), new_stash is not None
+
+
+class StashForBothRuns:
+    """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block.
+
+    Where no stash is kept from the first run on, the second, whose backward follows at once, fills one on the device.
+    It empties as the gradients of the queries fill, so that it does not raise the peak.
+    """
+
+    def __init__(self, method: StashingMethod) -> None:
+        self.method = method
+
+    def __call__(self) -> tuple[Any, Any]:
+        """Contexts of the first and of the second run."""
+        kept = self.method.new_stash
+        stash = Stash() if kept is None else kept()
+        return self.method.using(stash, fill=kept is not None), self.method.using(stash, fill=True)

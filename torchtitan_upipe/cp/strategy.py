@@ -38,7 +38,8 @@ class HeadTransform(Protocol):
 class AttentionWeights:
     """Weights of one attention layer, as the checkpoint stores them.
 
-    ``wq [H*d, D]``, ``wk [G*d, D]``, ``wv [G*d, D]``, ``wo [D, H*d]``; ``q_norm [d]`` and ``k_norm [d]`` or None.
+    ``wq [H*d, D]``, ``wk [G*d, D]``, ``wv [G*d, D]``, ``wo [D, H*d]``; ``q_norm [d]`` and ``k_norm [d]`` or None;
+    biases ``bq [H*d]``, ``bk [G*d]`` and ``bv [G*d]`` or None. A bias of the output is the caller's to add.
     """
 
     wq: Tensor
@@ -47,6 +48,9 @@ class AttentionWeights:
     wo: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    bq: Tensor | None = None
+    bk: Tensor | None = None
+    bv: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
         """The same weights in ``dtype`` (differentiable)."""

@@ -37,9 +37,9 @@ class Ulysses:
     ) -> Tensor:
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
         # project all heads of this rank's tokens
-        q = transform(F.linear(x, weights.wq).unflatten(-1, (-1, head_dim)), weights.q_norm)  # [B, N, H, d]
-        k = transform(F.linear(x, weights.wk).unflatten(-1, (-1, head_dim)), weights.k_norm)  # [B, N, G, d]
-        v = F.linear(x, weights.wv).unflatten(-1, (-1, head_dim))
+        q = transform(F.linear(x, weights.wq, weights.bq).unflatten(-1, (-1, head_dim)), weights.q_norm)  # [B, N, H, d]
+        k = transform(F.linear(x, weights.wk, weights.bk).unflatten(-1, (-1, head_dim)), weights.k_norm)  # [B, N, G, d]
+        v = F.linear(x, weights.wv, weights.bv).unflatten(-1, (-1, head_dim))
 
         # exchange: sequence shards to head shards
         keys, values = self._exchange_keys(k), self._exchange_keys(v)  # [B, S, G/C, d]

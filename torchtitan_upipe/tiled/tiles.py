@@ -43,3 +43,9 @@ def add_weight_gradient(total: Tensor, d_out: Tensor, x: Tensor) -> None:
         total.addmm_(d_out.t().to(total.dtype), x.to(total.dtype))
     else:
         torch.addmm(total, d_out.t(), x, out_dtype=total.dtype, out=total)
+
+
+def as_in_products(weight: Tensor) -> Tensor:
+    """``weight`` in the dtype in which autocast multiplies (one device or plain data parallel in mixed precision)."""
+    device_type = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else weight

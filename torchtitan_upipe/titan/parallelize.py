@@ -22,7 +22,7 @@ from torchtitan.tools.utils import device_type
 
 from torchtitan_upipe.cp.build import build_method
 from torchtitan_upipe.cp.fpdt import FPDT
-from torchtitan_upipe.cp.stashing import StashingMethod
+from torchtitan_upipe.cp.stashing import StashForBothRuns, StashingMethod
 from torchtitan_upipe.cp.strategy import ContextParallelMethod
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor, load_balancer
@@ -291,20 +291,3 @@ def _sum_replicated_gradients(model: nn.Module) -> None:
 def _all_reduce_sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
-
-
-class StashForBothRuns:
-    """``context_fn`` of ``torch.utils.checkpoint``: called once per forward pass of a block.
-
-    Where no stash is kept from the first run on, the second, whose backward follows at once, fills one on the device.
-    It empties as the gradients of the queries fill, so that it does not raise the peak.
-    """
-
-    def __init__(self, method: StashingMethod) -> None:
-        self.method = method
-
-    def __call__(self) -> tuple[Any, Any]:
-        """Contexts of the first and of the second run."""
-        kept = self.method.new_stash
-        stash = Stash() if kept is None else kept()
-        return self.method.using(stash, fill=kept is not None), self.method.using(stash, fill=True)

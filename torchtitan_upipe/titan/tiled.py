@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchtitan_upipe.tiled.loss import tiled_cross_entropy
 from torchtitan_upipe.tiled.mlp import tiled_feed_forward
 from torchtitan_upipe.tiled.norm import tiled_rms_norm
+from torchtitan_upipe.tiled.tiles import as_in_products
 
 
 def tile_model(model: nn.Module, tile_size: int) -> None:
@@ -84,7 +85,7 @@ class TiledBlock(nn.Module):
         return tiled_feed_forward(
             h,
             self.ffn_norm.weight,
-            *(_as_in_products(linear.weight) for linear in self._linears()),
+            *(as_in_products(linear.weight) for linear in self._linears()),
             eps=epsilon(self.ffn_norm),
             tile_size=self.tile_size,
         )
@@ -169,16 +170,10 @@ class TiledOutput(nn.Linear):
             state.h,
             labels,
             state.norm_weight,
-            _as_in_products(self.weight),
+            as_in_products(self.weight),
             eps=state.eps,
             tile_size=self.tile_size,
         )
-
-
-def _as_in_products(weight: Tensor) -> Tensor:
-    """``weight`` in the dtype in which autocast multiplies (one device or plain data parallel in mixed precision)."""
-    device_type = weight.device.type
-    return weight.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else weight
 
 
 def epsilon(norm: nn.RMSNorm) -> float:
