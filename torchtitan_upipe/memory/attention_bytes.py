@@ -389,18 +389,9 @@ class UPipeBytes:
         return stage.rows(self.job.tokens, tile).computed_by(self.rank)
 
     def _calls(self, stage: Stage, tile: Interval, kv: dict[int, KVBytes]) -> list[tuple[AttentionBytes, KVBytes]]:
-        rows = self._rows(stage, tile)
-        return [
-            (
-                AttentionBytes(
-                    self.account,
-                    self.job,
-                    call.queries[1] - call.queries[0],
-                    call.keys[1] - call.keys[0],
-                    rows,
-                    self.chunks,
-                ),
-                kv[call.block],
-            )
-            for call in stage.calls[self.rank]
-        ]
+        rows, found = self._rows(stage, tile), []
+        for call in stage.calls[self.rank]:
+            heads, kv_heads = (stop - start for start, stop in (call.queries, call.keys))
+            bytes_ = AttentionBytes(self.account, self.job, heads, kv_heads, rows, self.chunks)
+            found.append((bytes_, kv[call.block]))
+        return found
