@@ -24,12 +24,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.huggingface_jobs import preload  # noqa: F401  (what ranks import)
-from tests.ranks import run_ranks
+from tests.ranks import preload, run_ranks
 from tests.reference import relative_error
 from torchtitan_upipe.data.sharding import shard_positions
 from torchtitan_upipe.device import prepare_for_gloo
 from torchtitan_upipe.huggingface import context_parallel, shard_batch, summed_loss
+
+preload("tests.huggingface_jobs")  # what ranks need of Transformers
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "initializer_range": 0.1}
 MODELS: dict[str, tuple[type[Any], Any]] = {
@@ -95,8 +96,9 @@ def variants(degree: int) -> list[Variant]:
         which += [
             Variant("ring", degree),
             Variant("upipe", 2, options={"head_chunk": 2, "attention_kernel": "reference"}, checkpointing=True),
-            Variant("ulysses", 2),
         ]
+    if degree > 2:
+        which.append(Variant("ulysses", 2))
     return which
 
 
@@ -230,6 +232,20 @@ def sharded_rank(truths: Path) -> dict[Any, dict[str, float]]:
                 key: relative_error(p.grad.full_tensor(), truth[key]) for key, p in model.named_parameters()
             }
     return found
+
+
+def single_projections_rank() -> None:
+    mesh = group()
+    with pytest.raises(ValueError, match="ring_degree = 3 does not divide"):
+        context_parallel(build("llama"), mesh, ring_degree=3)
+    model = context_parallel(build("llama"), mesh, head_chunk=2)
+    fully_shard(model.model.layers[0].self_attn.k_proj, mesh=mesh)
+    with pytest.raises(ValueError, match="let fully_shard take whole blocks"):
+        model(**shard_batch({"input_ids": batch("packed")["input_ids"]}, mesh))
+
+
+def test_single_projections_are_not_sharded() -> None:
+    run_ranks(single_projections_rank, 2)
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:

@@ -148,6 +148,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "chunk": ({"sequence_chunk": 64}, "sequence_chunk = 64 has no meaning"),
     "tiles": ({"method": "ulysses", "query_tiles": 2}, "query_tiles = 2 has no meaning"),
     "stash": ({"stash": "disk"}, "stash = 'disk' is unknown"),
+    "no stash": ({"method": "ring", "stash": "host"}, 'stash = "host" has no meaning'),
     "kernel": ({"attention_kernel": "flash3"}, "attention_kernel = 'flash3' runs on CUDA only"),
     "negative": ({"tile_size": -1}, "tile_size = -1"),
 }
@@ -167,6 +168,10 @@ def test_models_that_cannot_be_met_are_refused() -> None:
         context_parallel(llama(mlp_bias=True), None, tile_size=8)
     with pytest.raises(ValueError, match="Linear is not supported"):
         context_parallel(torch.nn.Linear(2, 2), None)
+    quantised = llama()
+    quantised.model.layers[1].self_attn.v_proj.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), False)
+    with pytest.raises(ValueError, match="load the model unquantised"):
+        context_parallel(quantised, None)
     twice = context_parallel(llama(), None, head_chunk=2)
     with pytest.raises(ValueError, match="called on this model before"):
         context_parallel(twice, None)

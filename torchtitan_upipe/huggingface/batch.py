@@ -77,14 +77,14 @@ def shard_batch(
         int(positions.max()) + 1,
     )
     result = {"input_ids": share(inputs, 0), "position_ids": share(positions, 0), "whole_sequences": whole}
-    labels = _shifted_labels(batch)
+    labels = shifted_labels(batch)
     if labels is not None:
         _check_labels(labels, ends)
         result["shift_labels"] = share(labels, IGNORE_INDEX)
     return result
 
 
-def _shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
+def shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
     """What each token predicts, ``[B, S]``, or None."""
     if batch.get("shift_labels") is not None:
         return batch["shift_labels"]

@@ -23,7 +23,9 @@ class StashedLayer(nn.Module):
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
         """What Transformers calls to run the block, under gradient checkpointing."""
-        checkpoint = self.__dict__["_gradient_checkpointing_func"]
+        checkpoint: Callable[..., Any] | None = self.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is None:
+            raise AttributeError("gradient checkpointing is not enabled")
         method = self.self_attn.method
         if not isinstance(method, StashingMethod):
             return checkpoint

@@ -62,6 +62,11 @@ def layout_of(mesh: DeviceMesh | None, method: str, ring_degree: int, sequence_c
             f'sequence_chunk = {sequence_chunk} has no meaning for method = "{method}"; '
             'leave it at 0, or choose "fpdt" and a positive number of tokens.'
         )
+    if method == "ring" and ring_degree not in (1, degree):
+        raise ValueError(
+            f'ring_degree = {ring_degree} has no meaning for method = "ring", whose {degree} ranks make one ring; '
+            'leave it at 1, or choose "ulysses" or "upipe" for a hybrid.'
+        )
     if ring_degree > 1 and method == "fpdt":
         raise ValueError(f'ring_degree = {ring_degree} has no meaning for method = "fpdt"; leave it at 1.')
     if 0 < sequence_chunk < degree:

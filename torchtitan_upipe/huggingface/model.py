@@ -172,6 +172,8 @@ def _check_options(method: str, head_chunk: int, stash: str, query_tiles: int, t
             f"head_chunk = {head_chunk}, tile_size = {tile_size}, query_tiles = {query_tiles}: the first two must not "
             "be negative (0 = all heads, no tiles), the last at least 1."
         )
+    if stash != "device" and method in ("ulysses", "ring"):
+        raise ValueError(f'stash = "{stash}" has no meaning for method = "{method}", whose outputs autograd keeps.')
     if query_tiles > 1 and method != "upipe":
         raise ValueError(f'query_tiles = {query_tiles} has no meaning for method = "{method}"; leave it at 1.')
 

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from torchtitan_upipe.device import prepare_for_gloo
-from torchtitan_upipe.huggingface.batch import shard_batch
+from torchtitan_upipe.huggingface.batch import shard_batch, shifted_labels
 from torchtitan_upipe.huggingface.cpu import fsdp_on_cpu
 from torchtitan_upipe.huggingface.loss import summed_loss
 from torchtitan_upipe.huggingface.model import context_parallel as put_context_parallel
@@ -99,7 +99,7 @@ class ContextParallelMixin(Trainer):
             "use_reentrant = True of gradient_checkpointing_kwargs: the stash needs the other kind": (
                 (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
             ),
-            "loss_type other than nll": getattr(args, "loss_type", "nll") != "nll",
+            "loss_type other than nll": getattr(args, "loss_type", "nll") not in ("nll", "chunked_nll"),
             "activation_offloading": getattr(args, "activation_offloading", False),
             'an iterable dataset dispatched by rank 0: set accelerator_config = {"dispatch_batches": False}; else it': (
                 dispatched and args.world_size > 1 and any(isinstance(data, IterableDataset) for data in datasets)
@@ -123,10 +123,16 @@ class ContextParallelMixin(Trainer):
         return contextlib.nullcontext, shard_batch(inputs, self._cp_mesh, **sharding)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Labels of the batches of a step, on all ranks."""
+        """Labels of the batches of a step, on all ranks.
+
+        Raises:
+            ValueError: a batch has none.
+        """
         count = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:]
+            labels = shifted_labels(batch)
+            if labels is None:
+                raise ValueError("a batch has no labels, of which the loss is made; let the collator return labels.")
             count += (labels != IGNORE_INDEX).sum().to(device)
         return self.accelerator.reduce(count, reduction="sum") // self.get_cp_size()
 
@@ -139,15 +145,18 @@ class ContextParallelMixin(Trainer):
     ) -> Any:
         """This rank's share of the mean loss, times the number of ranks: FSDP2 and the log take means over ranks.
 
+        A step without a label has a loss of 0.
+
         Raises:
-            ValueError: outputs are asked for, too, or the step's batches have no labels.
+            ValueError: outputs are asked for, too.
         """
-        if return_outputs or not num_items_in_batch:
+        if return_outputs:
             raise ValueError(
-                "a step needs labels, and gives no outputs beside its loss: they are spread over ranks; check the "
-                "labels of the dataset, or call the model with a batch of shard_batch."
+                "the loss is made without outputs beside it: they are spread over ranks; call the model with a batch "
+                "of shard_batch for its share of the logits."
             )
-        return summed_loss(model, inputs) * (self.accelerator.num_processes / num_items_in_batch)
+        labels = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return summed_loss(model, inputs) * (self.accelerator.num_processes / labels)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
