@@ -38,7 +38,7 @@ from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.kernels.simulated import SimulatedKernel
 from torchtitan_upipe.memory.ledger import predict
-from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.stash.stash import KeptOnDevice, Stash
 
 THREE_MILLION, SHORT = 3 * 2**20, 2**16
 
@@ -85,12 +85,12 @@ class Gone:
     def settle(self) -> None:
         self.leaving = None
 
-    def read(self, rows: slice) -> Tensor:
+    def begin_read(self, rows: slice) -> KeptOnDevice:
         if rows == slice(None) and self.back is not None:
             back, self.back = self.back, None
-            return back
+            return KeptOnDevice(back)
         count = len(range(self.shape[1])[rows])
-        return self.new(self.shape[0], count, *self.shape[2:])
+        return KeptOnDevice(self.new(self.shape[0], count, *self.shape[2:]))
 
     def fetch(self) -> None:
         self.back = self.new(self.shape) if self.back is None else self.back
