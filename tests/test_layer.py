@@ -196,7 +196,7 @@ BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few", "bias")
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int, mask: str) -> None:
-    # A bias gives the values of a head a common part, which stays in the outputs: where partial outputs are merged, that
+    # A bias gives the values of a head a common part, which stays in the outputs: where partial outputs are merged, it
     # is rounded once more than in the plain layer (measured: 1.32).
     assert bfloat16_ratio(name, mask, degree) < (1.4 if SHAPES[name].bias else 1.2)
 
