@@ -85,7 +85,7 @@ class Case:
         }
         if s.bias:
             names = {"bq": s.heads, "bk": s.kv_heads, "bv": s.kv_heads}
-            self.weights |= {name: draw(heads * s.head_dim) for name, heads in names.items()}
+            self.weights |= {name: draw(heads * s.head_dim, std=0.3) for name, heads in names.items()}
         if s.norm:
             self.weights |= {"q_norm": 1 + draw(s.head_dim, std=0.1), "k_norm": 1 + draw(s.head_dim, std=0.1)}
 
