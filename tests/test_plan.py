@@ -240,9 +240,13 @@ def test_auto_sets_everything(tmp_path: Path) -> None:
         fill_settings(config, 4, place(2**20))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.stem)
-def test_what_is_planned_for_a_shipped_job_can_be_read(path: Path, tmp_path: Path) -> None:
+SHIPPED = ("llama3_debug", "llama3_8b_5m", "llama3_8b_5m_40gb", "llama3_8b_1gpu_1m", "qwen3_32b_4m")  # of each kind
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_planned_for_a_shipped_job_can_be_read(name: str, tmp_path: Path) -> None:
     """On a device that holds anything, and on one that has just enough, where a stash may have a budget or be gone."""
+    path = ROOT / f"train_configs/{name}.toml"
     args = ["--job.config_file", str(path), *TOKENIZER]
     config = read_job(args, 0, SIMULATED)
     ranks, job = needed_ranks(config), job_shape(config)
