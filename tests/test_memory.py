@@ -16,6 +16,7 @@ from torchtitan_upipe.memory.__main__ import main as memory_main
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all dry runs
 FLAVORS = {"llama3_upipe": "debug_kv2", "qwen3_upipe": "debug"}
 LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2), ("fpdt", 1)]  # method, ring degree
 
