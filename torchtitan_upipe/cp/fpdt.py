@@ -19,7 +19,6 @@ from torchtitan_upipe.cp.chunks import ChunkedLayer, sequence_chunks
 from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.gradients import LayerGradients, project_out
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
-from torchtitan_upipe.cp.stage import StageLayer
 from torchtitan_upipe.cp.stashing import StashingMethod
 from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
@@ -51,10 +50,8 @@ class FPDT(StashingMethod):
         put_away: PutAway,
         sequence_chunk: int,
     ) -> None:
-        super().__init__(new_stash)
+        super().__init__(exchange, attention, new_stash)
         self.schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, num_heads)
-        self.exchange = exchange
-        self.attention = attention
         self.put_away = put_away
         self.sequence_chunk = sequence_chunk
 
@@ -79,15 +76,7 @@ class FPDT(StashingMethod):
         documents: Documents | None,
     ) -> ChunkedLayer:
         """This layer's chunks for tokens ``x [B, N, D]``; ``weights`` are the fields of ``AttentionWeights``."""
-        whole = StageLayer(
-            DeviceRows(x),
-            AttentionWeights(*weights),  # type: ignore[arg-type]
-            transform,
-            head_dim,
-            documents,
-            self.exchange,
-            self.attention,
-        )
+        whole = self.stage_layer(DeviceRows(x), weights, transform, head_dim, documents)
         chunks = sequence_chunks(x.shape[1], self.exchange.size, self.sequence_chunk)
         return ChunkedLayer(x, whole, self.schedule, chunks, self.put_away_of(len(chunks.slices)))
 

@@ -75,14 +75,22 @@ class HostBlock:
 
     def layer(self, rows: HostRows, weights: dict[str, Tensor], options: _Options) -> StageLayer:
         """The attention's phases, on the normalised rows."""
-        x = NormalisedRows(rows, weights["attention_norm"], self.eps[0])
         attention = [weights.get(name) for name in AttentionWeights.__dataclass_fields__]
-        return self.method.layer(x, attention, options.transform, options.head_dim, options.documents)
+        x = self.normalised(rows, weights)
+        return self.method.stage_layer(x, attention, options.transform, options.head_dim, options.documents)
+
+    def normalised(self, rows: HostRows, weights: dict[str, Tensor]) -> NormalisedRows:
+        """The attention's input."""
+        return NormalisedRows(rows, weights["attention_norm"], self.eps[0])
+
+    def tiles(self, layer: StageLayer) -> list[slice]:
+        """The rows that the device has at once, none of them of two query tiles."""
+        return [at for tile in self.method.query_tiles(layer) for at in layer.x.small_parts(*tile)]
 
     def after_attention(self, rows: HostRows, layer: StageLayer, outputs: Stash) -> Iterator[tuple[slice, Tensor]]:
         """``h = x + attention(norm(x))``: rows, and ``[B, rows, D]`` of them, tile by tile."""
         projected = self.method.project_out(layer, outputs)
-        x = rows.read(at for tile in self.method.query_tiles(layer) for at in rows.small_parts(*tile))
+        x = rows.read(self.tiles(layer))
         return ((at, part.add_(next(x))) for at, part in projected)
 
     def feed_forward(self, weights: dict[str, Tensor]) -> FeedForward:
@@ -200,7 +208,7 @@ def _feed_forward_backward(
     """``gradient``, that of the block's output, becomes that of ``h``; gradients of the second half's weights."""
     feed_forward = block.feed_forward(weights)
     sums = feed_forward.new_sums()
-    d_out = gradient.read(at for tile in block.method.query_tiles(layer) for at in rows.small_parts(*tile))
+    d_out = gradient.read(block.tiles(layer))
     for at, h in block.after_attention(rows, layer, stash):
         dh = torch.empty_like(h)
         feed_forward.backward(h.flatten(0, 1), next(d_out).flatten(0, 1), sums, out=dh.flatten(0, 1))
@@ -216,20 +224,20 @@ def _input_backward(
     block: HostBlock, weights: dict[str, Tensor], rows: HostRows, total: LayerGradients, gradient: HostRows
 ) -> dict[str, Tensor]:
     """``gradient``, that of ``h``, becomes that of the block's input; gradients of the first half's weights."""
-    norm_weight, eps = weights["attention_norm"], block.eps[0]
-    d_norm = zeros_to_sum(norm_weight)
+    norm = block.normalised(rows, weights)
+    d_norm = zeros_to_sum(norm.weight)
     slices = rows.small_parts(0, rows.shape[1])
     heads, xs, d_outs = total.heads(slices), rows.read(slices), gradient.read(slices)
     for at in slices:
         x = next(xs)
-        dn = total.project_back(next(heads), F.rms_norm(x, norm_weight.shape, norm_weight, eps))
-        dx, d_norm_tile = rms_norm_backward(dn.flatten(0, 1), x.flatten(0, 1), norm_weight, eps)
+        dn = total.project_back(next(heads), norm.normalise(x))
+        dx, d_norm_tile = rms_norm_backward(dn.flatten(0, 1), x.flatten(0, 1), norm.weight, norm.eps)
         d_norm += d_norm_tile
         gradient.write(at, next(d_outs).add(dx.view_as(x)).to(x.dtype))
         del x, dn, dx
     gradient.settle()
     found = {name: total.weight(name) for name in AttentionWeights.__dataclass_fields__ if name in weights}
-    return {"attention_norm": d_norm.to(norm_weight.dtype)} | {k: v for k, v in found.items() if v is not None}
+    return {"attention_norm": d_norm.to(norm.weight.dtype)} | {k: v for k, v in found.items() if v is not None}
 
 
 def _named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from torchtitan_upipe.cp.attention import SequenceAttention
+from torchtitan_upipe.cp.collectives import HeadExchange
+from torchtitan_upipe.cp.stage import StageLayer
+from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
+from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.tiled.rows import Rows
 
 
 class StashingMethod:
     """A method whose forward pass keeps attention's output and log-sum-exp for the backward pass.
 
     Args:
+        exchange: all-to-alls of the context-parallel group.
+        attention: of this rank's heads over the sequence.
         new_stash: makes what keeps them until the backward pass has used them; None to compute them again there.
     """
 
-    def __init__(self, new_stash: Callable[[], Stash] | None) -> None:
+    def __init__(
+        self, exchange: HeadExchange, attention: SequenceAttention, new_stash: Callable[[], Stash] | None
+    ) -> None:
+        self.exchange = exchange
+        self.attention = attention
         self.new_stash = new_stash
         self._block_stash: Stash | None = None
         self._fill_block_stash = False
+
+    def stage_layer(
+        self,
+        x: Rows,
+        weights: Sequence[Tensor | None],
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None,
+    ) -> StageLayer:
+        """The phases of the layer of tokens ``x [B, N, D]``; ``weights`` are the fields of ``AttentionWeights``."""
+        attention_weights = AttentionWeights(*weights)  # type: ignore[arg-type]
+        return StageLayer(x, attention_weights, transform, head_dim, documents, self.exchange, self.attention)
 
     @contextmanager
     def using(self, stash: Stash, *, fill: bool) -> Iterator[None]:

@@ -7,7 +7,7 @@ through in tiles, against the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,10 +47,8 @@ class UPipe(StashingMethod):
         new_stash: Callable[[], Stash] | None,
         tiles: int = 1,
     ) -> None:
-        super().__init__(new_stash)
+        super().__init__(exchange, attention, new_stash)
         self.schedule = schedule
-        self.exchange = exchange
-        self.attention = attention
         self.tiles = tiles
 
     def __call__(
@@ -64,25 +62,6 @@ class UPipe(StashingMethod):
         """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
         stash, fill = self.stash_of_call()
         return _UPipeLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
-
-    def layer(
-        self,
-        x: Rows,
-        weights: Sequence[Tensor | None],
-        transform: HeadTransform,
-        head_dim: int,
-        documents: Documents | None,
-    ) -> StageLayer:
-        """The phases of this layer for tokens ``x [B, N, D]``; ``weights`` are the fields of ``AttentionWeights``."""
-        return StageLayer(
-            x,
-            AttentionWeights(*weights),  # type: ignore[arg-type]
-            transform,
-            head_dim,
-            documents,
-            self.exchange,
-            self.attention,
-        )
 
     def attend(self, layer: StageLayer, outputs: Stash) -> None:
         """The stages' forward pass: every stage's ``o, lse`` to ``outputs``."""
@@ -194,7 +173,7 @@ class _UPipeLayer(torch.autograd.Function):
         x: Tensor,
         *weights: Tensor | None,
     ) -> Tensor:
-        layer = upipe.layer(DeviceRows(x), weights, transform, head_dim, documents)
+        layer = upipe.stage_layer(DeviceRows(x), weights, transform, head_dim, documents)
         outputs = stash if fill else Stash()
         if not outputs.complete:  # else the block's second run
             upipe.attend(layer, outputs)
@@ -210,7 +189,7 @@ class _UPipeLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        layer = ctx.upipe.layer(DeviceRows(x), weights, ctx.transform, ctx.head_dim, ctx.documents)
+        layer = ctx.upipe.stage_layer(DeviceRows(x), weights, ctx.transform, ctx.head_dim, ctx.documents)
         total = LayerGradients(layer.x, layer.weights, ctx.head_dim, ctx.stash.put_away)
         ctx.upipe.attend_backward(layer, ctx.stash, DeviceRows(grads[0]), total)
         dx = total.input()

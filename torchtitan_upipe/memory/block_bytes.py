@@ -56,7 +56,8 @@ class _Walk:
 Walks = dict[Any, _Walk]  # by the job, as far as attention depends on it, and by pass
 
 
-def _flat(results: tuple[Block, list[Block]]) -> list[Block]:
+def flat(results: tuple[Block, list[Block]]) -> list[Block]:
+    """Both in one list."""
     return [results[0], *results[1]]
 
 
@@ -174,9 +175,9 @@ class BlockBytes:
             if stash:
                 (y,) = self._walk(key, lambda layer: [layer.forward(kind, stash)[0]])
                 return y, list(stash)
-            y, *kept = self._walk(key, lambda layer: _flat(layer.forward(kind)))
+            y, *kept = self._walk(key, lambda layer: flat(layer.forward(kind)))
             return y, kept
-        y, *kept = self._walk(key, lambda layer: _flat(layer.forward(keep)))
+        y, *kept = self._walk(key, lambda layer: flat(layer.forward(keep)))
         return y, kept
 
     def attention_backward(self, kept: Sequence[Block]) -> tuple[Block, list[Block]]:
@@ -184,7 +185,7 @@ class BlockBytes:
         copies = [Block(block.category, block.size, block.device) for block in kept]
         key = ("backward", tuple((block.size, block.device) for block in kept))
         freed = [block for block in kept if block.device]  # buffers on the host are used again
-        dx, *weights = self._walk(key, lambda layer: _flat(layer.backward(copies)), freed)
+        dx, *weights = self._walk(key, lambda layer: flat(layer.backward(copies)), freed)
         return dx, weights
 
     def _walk(self, key: Any, walk: Callable[[Any], list[Block]], freed: Sequence[Block] = ()) -> list[Block]:

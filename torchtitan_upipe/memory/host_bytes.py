@@ -7,9 +7,9 @@ from typing import Any
 
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.account import Account, Block
-from torchtitan_upipe.memory.block_bytes import Kept, stages_bytes
+from torchtitan_upipe.memory.block_bytes import Kept, flat, stages_bytes
 from torchtitan_upipe.memory.projection_bytes import attention_weights
-from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes
+from torchtitan_upipe.memory.tiled_bytes import TiledBlockBytes, loss_tile
 from torchtitan_upipe.stash.hidden import IN_FLIGHT
 
 
@@ -55,7 +55,7 @@ class HostBlockBytes(TiledBlockBytes):
             weights = [account.recast(sums, weight * job.element)]
         with account.during(f"{name} backward", "attention stage"):
             d_wo, *heads = self._walk(
-                ("stages backward",), lambda layer: _first(layer.attend_stages_backward(kept.attention))
+                ("stages backward",), lambda layer: flat(layer.attend_stages_backward(kept.attention))
             )
             account.free(*heads, *(kept.attention if job.stash_of(index) == "none" else []))  # else buffers stay
         with account.during(f"{name} backward", "tiles"):
@@ -84,10 +84,6 @@ class HostBlockBytes(TiledBlockBytes):
         return stages_bytes(account, self.job)
 
 
-def _first(result: tuple[Block, list[Block]]) -> list[Block]:
-    return [result[0], *result[1]]
-
-
 def host_embedding(account: Account, job: JobShape) -> Block:
     """The embedding's output, on the host."""
     account.brief(*[job.tile] * (1 + IN_FLIGHT))
@@ -104,17 +100,12 @@ def host_embedding_backward(account: Account, job: JobShape) -> Block:
 
 def host_head_forward(account: Account, job: JobShape) -> list[Block]:
     """Final norm, logits, loss and all their gradients, tile by tile: the gradients are kept."""
-    model, wide = job.model, job.wide
-    rows = min(job.rows, job.tile_size, max(1, job.tile_size * model.inner // model.vocab))
+    d_weight = job.model.vocab * job.model.dim * job.wide
     with account.during("output forward", "loss"):
-        kept = [account.hold(job.hidden, "block inputs", host=True), account.hold(model.vocab * model.dim * wide)]
+        kept = [account.hold(job.hidden, "block inputs", host=True), account.hold(d_weight)]
         tiles = [account.hold(job.tile) for _ in range(3 + IN_FLIGHT)]  # h, the next one, dh; leaving
-        n = account.hold(rows * model.dim * job.element)
-        account.brief(*[rows * model.vocab * wide] * 2)  # widened logits, log-softmax
-        account.brief(rows * model.vocab * wide, rows * model.vocab * job.element)  # and their gradient, rounded
-        d_logits = account.hold(rows * model.vocab * job.element)
-        account.brief(*[rows * model.dim * wide] * 6)
-        account.free(n, d_logits, *tiles)
+        loss_tile(account, job)
+        account.free(*tiles)
     return kept
 
 

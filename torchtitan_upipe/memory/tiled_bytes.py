@@ -76,18 +76,22 @@ class TiledBlockBytes(BlockBytes):
 
 def tiled_head_forward(account: Account, job: JobShape) -> list[Block]:
     """Final norm, logits, loss and all their gradients, tile by tile: the gradients are kept."""
-    model = job.model
-    rows = min(job.rows, job.tile_size, max(1, job.tile_size * model.inner // model.vocab))
-    wide = job.wide
     with account.during("output forward", "loss"):
-        kept = [account.hold(job.hidden), account.hold(model.vocab * model.dim * wide)]
-        n = account.hold(rows * model.dim * job.element)
-        account.brief(*[rows * model.vocab * wide] * 2)  # widened logits, log-softmax
-        account.brief(rows * model.vocab * wide, rows * model.vocab * job.element)  # and their gradient, rounded
-        d_logits = account.hold(rows * model.vocab * job.element)
-        account.brief(*[rows * model.dim * wide] * 6)
-        account.free(n, d_logits)
+        kept = [account.hold(job.hidden), account.hold(job.model.vocab * job.model.dim * job.wide)]
+        loss_tile(account, job)
     return kept
+
+
+def loss_tile(account: Account, job: JobShape) -> None:
+    """A tile of norm, logits, loss and their gradients (``CrossEntropy.forward`` in ``tiled/loss.py``)."""
+    model, wide = job.model, job.wide
+    rows = min(job.rows, job.tile_size, max(1, job.tile_size * model.inner // model.vocab))
+    n = account.hold(rows * model.dim * job.element)
+    account.brief(*[rows * model.vocab * wide] * 2)  # widened logits, log-softmax
+    account.brief(rows * model.vocab * wide, rows * model.vocab * job.element)  # and their gradient, rounded
+    d_logits = account.hold(rows * model.vocab * job.element)
+    account.brief(*[rows * model.dim * wide] * 6)
+    account.free(n, d_logits)
 
 
 def tiled_head_backward(account: Account, job: JobShape, kept: Sequence[Block]) -> tuple[Block, Block]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from torchtitan_upipe.stash.host_pool import ALL_ROWS, Arriving, HostPool
+from torchtitan_upipe.stash.stash import read_ahead
 
-IN_FLIGHT = 2  # tiles on their way to the host, and on their way from it
+IN_FLIGHT = 2  # tiles on their way to the host at once
 
 
 class HostRows:
@@ -37,14 +38,12 @@ class HostRows:
         self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def read(self, slices: Iterable[slice]) -> Iterator[Tensor]:
-        """``[:, rows]`` of each of ``slices`` on the device, :data:`IN_FLIGHT` on their way at most."""
-        coming: deque[Arriving] = deque()
-        for rows in slices:
-            coming.append(Arriving(self._transfers, self._host[:, rows]))
-            if len(coming) == IN_FLIGHT:
-                yield coming.popleft().get()
-        while coming:
-            yield coming.popleft().get()
+        """``[:, rows]`` of each of ``slices`` on the device, one ahead of the caller."""
+        return read_ahead((self, rows) for rows in slices)
+
+    def begin_read(self, rows: slice) -> Arriving:
+        """Start copying ``[:, rows]`` to the device."""
+        return Arriving(self._transfers, self._host[:, rows])
 
     def parts(self, rows: slice = ALL_ROWS) -> list[slice]:
         """``rows`` in slices that the device may have at once."""

@@ -20,14 +20,18 @@ class Reading(Protocol):
         """The tensor, on the device."""
 
 
-class Kept(Protocol):
+class Readable(Protocol):
+    """A tensor of which rows can be asked for."""
+
+    def begin_read(self, rows: slice) -> Reading:
+        """Ask for the rows ``[:, rows]``; the tensor stays here."""
+
+
+class Kept(Readable, Protocol):
     """A tensor put away, on the device or on the host (:class:`~torchtitan_upipe.stash.host_pool.HostCopy`)."""
 
     def settle(self) -> None:
         """Nothing holds the tensor's memory on the device any more, if it was put elsewhere."""
-
-    def begin_read(self, rows: slice) -> Reading:
-        """Ask for the rows ``[:, rows]``; the tensor stays here."""
 
     def fetch(self) -> None:
         """A hint that :meth:`get`, or :meth:`read` of all rows, comes soon."""
@@ -57,8 +61,8 @@ class KeptOnDevice:
         return self.tensor
 
 
-def read_ahead(wanted: Iterable[tuple[Kept, slice]]) -> Iterator[Tensor]:
-    """``[:, rows]`` of each tensor put away, the next one on its way while the caller works with this one."""
+def read_ahead(wanted: Iterable[tuple[Readable, slice]]) -> Iterator[Tensor]:
+    """``[:, rows]`` of each tensor, the next one on its way while the caller works with this one."""
     coming: deque[Reading] = deque()
     for kept, rows in wanted:
         coming.append(kept.begin_read(rows))
