@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,14 +29,14 @@ def hide_states(
         keeps: for each block, whether it keeps its stash from forward to backward.
         tile_size: rows on the device at once.
     """
-    tile_model(model, tile_size)
-    embedding: Any = model.tok_embeddings
-    output: Any = model.output
-    blocks: Any = model.layers
+    kept, embedding = iter(keeps), cast(Any, model.tok_embeddings)
+    tile_model(
+        model,
+        tile_size,
+        lambda block, size: HostBlockOfModel(block, size, hidden, new_stash, next(kept)),
+        lambda output, size: HostOutput(output, size, hidden),
+    )
     model.tok_embeddings = HostEmbedding(embedding, hidden)
-    for (name, block), kept in zip(list(blocks.items()), keeps, strict=True):
-        blocks[name] = HostBlockOfModel(block, hidden, new_stash, kept)
-    model.output = HostOutput(output, hidden)
 
 
 class HostEmbedding(nn.Embedding):
@@ -57,14 +57,16 @@ class HostBlockOfModel(TiledBlock):
 
     Args:
         block: with the plugin's attention.
+        tile_size: rows on the device at once.
         hidden: where the rows are.
         new_stash: makes a stash in host memory.
         keeps: whether it is kept from forward to backward.
     """
 
-    def __init__(self, block: TiledBlock, hidden: HiddenStates, new_stash: Callable[[], Stash], keeps: bool) -> None:
-        nn.Module.__init__(self)
-        self.take_over(block)
+    def __init__(
+        self, block: nn.Module, tile_size: int, hidden: HiddenStates, new_stash: Callable[[], Stash], keeps: bool
+    ) -> None:
+        super().__init__(block, tile_size)
         attention = self.attention
         assert isinstance(attention, ContextParallelAttention)
         assert isinstance(attention.method, UPipe)
@@ -85,8 +87,8 @@ class HostBlockOfModel(TiledBlock):
 class HostOutput(TiledOutput):
     """:class:`TiledOutput` on a handle."""
 
-    def __init__(self, output: TiledOutput, hidden: HiddenStates) -> None:
-        super().__init__(output, output.tile_size)
+    def __init__(self, output: nn.Linear, tile_size: int, hidden: HiddenStates) -> None:
+        super().__init__(output, tile_size)
         self._hidden = hidden
 
     def loss(self, state: Unnormalised, labels: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ from torchtitan_upipe.tiled.norm import tiled_rms_norm
 from torchtitan_upipe.tiled.tiles import as_in_products
 
 
-def tile_model(model: nn.Module, tile_size: int) -> None:
+def tile_model(
+    model: nn.Module,
+    tile_size: int,
+    new_block: Callable[[nn.Module, int], nn.Module] | None = None,
+    new_output: Callable[[nn.Linear, int], nn.Module] | None = None,
+) -> None:
     """Put tiled modules in the place of a Llama3's or Qwen3's blocks, final norm and output, before they are sharded.
 
     A tile of the loss takes fewer rows where the vocabulary is wider than the feed-forward: as many as make its logits
@@ -25,15 +30,18 @@ def tile_model(model: nn.Module, tile_size: int) -> None:
     Args:
         model: TorchTitan's model.
         tile_size: rows per tile of the norms and the feed-forward.
+        new_block: from a block and its tile size, first to last, to what stands in its place; :class:`TiledBlock`.
+        new_output: the same of the output; :class:`TiledOutput`.
     """
     blocks: Any = model.layers
     norm: Any = model.norm
     output: Any = model.output
     for name, block in list(blocks.items()):
-        blocks[name] = TiledBlock(block, tile_size)
+        blocks[name] = (new_block or TiledBlock)(block, tile_size)
     inner = block.feed_forward.w1.out_features
     model.norm = HandedOnNorm(norm)
-    model.output = TiledOutput(output, min(tile_size, max(1, tile_size * inner // output.out_features)))
+    tile_of_loss = min(tile_size, max(1, tile_size * inner // output.out_features))
+    model.output = (new_output or TiledOutput)(output, tile_of_loss)
 
 
 def summed_loss(
@@ -60,18 +68,14 @@ class TiledBlock(nn.Module):
 
     def __init__(self, block: nn.Module, tile_size: int) -> None:
         super().__init__()
-        self.tile_size = tile_size
-        self.take_over(block)
-
-    def take_over(self, block: nn.Module) -> None:
-        """Take the children of ``block``, and what TorchTitan asks of it."""
         self.attention: nn.Module = block.attention  # type: ignore[assignment]
         self.feed_forward: Any = block.feed_forward
         self.attention_norm: nn.RMSNorm = block.attention_norm  # type: ignore[assignment]
         self.ffn_norm: nn.RMSNorm = block.ffn_norm  # type: ignore[assignment]
-        self.moe_enabled = False
+        self.tile_size = tile_size
+        self.moe_enabled = False  # TorchTitan asks
         self.weight_init_std = block.weight_init_std
-        self._titan_class: Any = getattr(block, "_titan_class", type(block))
+        self._titan_class: Any = type(block)
 
     def init_weights(self, *args: Any) -> None:
         """TorchTitan's own initialisation of this block."""
