@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchtitan_upipe.job.shape import HIDDEN_ON_HOST
 from torchtitan_upipe.job_config import ContextParallel
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ OF_METHODS = {  # fields of [context_parallel] that only some methods have, and 
     "ring_degree": (("upipe", "ulysses"), 1),
     "query_tiles": (("upipe",), ContextParallel.query_tiles),
     "sequence_chunk": (("fpdt",), ContextParallel.sequence_chunk),
-    "hidden_states": (("upipe", "ulysses", "ring"), ContextParallel.hidden_states),
+    "hidden_states": (HIDDEN_ON_HOST, ContextParallel.hidden_states),
 }
 SET_BY_SWEEP = (
     "context_parallel.method",

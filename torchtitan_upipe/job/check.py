@@ -14,6 +14,7 @@ from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.files import check_files
 from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
 from torchtitan_upipe.job.pretrained import PretrainedArgs
+from torchtitan_upipe.job.shape import HIDDEN_ON_HOST
 from torchtitan_upipe.job.values import check_values
 from torchtitan_upipe.job_config import ContextParallel
 from torchtitan_upipe.kernels.select import check_kernel
@@ -258,7 +259,7 @@ def _check_hidden_states(config: JobConfig, world_size: int) -> None:
         return
     fsdp = training.enable_cpu_offload or world_size > config.parallelism.data_parallel_replicate_degree
     needs = {
-        f'method = "{cp.method}"': (cp.method in ("fpdt", "torchtitan"), 'use "upipe", "ulysses" or "ring"'),
+        f'method = "{cp.method}"': (cp.method not in HIDDEN_ON_HOST, 'use "upipe", "ulysses" or "ring"'),
         "tile_size = 0": (cp.tile_size == 0, "set the rows that the device has at once, e.g. tile_size = 8192"),
         'stash = "device"': (cp.stash == "device", 'set stash = "host" or "none"'),
         f"activation_checkpoint.mode = {checkpointing.mode!r}": (

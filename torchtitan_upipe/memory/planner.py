@@ -12,7 +12,7 @@ from itertools import count
 from math import ceil, lcm
 
 from torchtitan_upipe.data.sharding import chunk_of
-from torchtitan_upipe.job.shape import STASHING, JobShape
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.axes import AXES, SEQUENCE_CHUNKS, Axis, candidates, sparing
 from torchtitan_upipe.memory.block_bytes import Walks
 from torchtitan_upipe.memory.ledger import predict_shape
@@ -98,7 +98,7 @@ class Planner:
         return None
 
     def _with_fewer_stashes(self, job: JobShape, prediction: Prediction) -> JobShape | None:
-        if job.method not in STASHING or job.stash != "host" or prediction.device_bytes > self.budget.device:
+        if not job.staged or job.stash != "host" or prediction.device_bytes > self.budget.device:
             return None
         lacking = prediction.host_bytes - self.budget.host_left(prediction)
         now = sum(job.stash_of(layer) == "host" for layer in range(job.model.layers))
@@ -151,7 +151,7 @@ def least_bytes(job: JobShape) -> float:
     state = 0 if job.state_on_host else 3 * job.stored * job.own_elements
     kept = 1 if job.checkpoint else 3  # each block's input; its normed input and its middle
     inputs = 0 if job.offload or job.hidden_on_host else kept * layers * job.hidden
-    stashes = sum(job.method in STASHING and job.stash_of(layer) == "device" for layer in range(layers))
+    stashes = sum(job.staged and job.stash_of(layer) == "device" for layer in range(layers))
     return state + inputs + stashes * job.stash_bytes
 
 
