@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,3 +189,12 @@ def test_pictures(one_rank: dict[bool, Results], tmp_path: Path) -> None:
     for picture in plot_results(one_rank[False], tmp_path / "step-0.json"):
         assert picture.stat().st_size > 5000
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-0-loss.png", "step-0-needles.png"]
+
+
+def test_text_is_counted_without_marks_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchtitan_upipe.titan import evaluation
+
+    monkeypatch.setattr(evaluation, "read_documents", lambda *_: ("text", iter([[0, 7, 8, 1]] * 99)))
+    config: Any = SimpleNamespace(evaluation=SimpleNamespace(dataset="local"))
+    _, documents = evaluation._first_documents(config, None, 10)  # type: ignore[arg-type]
+    assert len(documents) == 5
