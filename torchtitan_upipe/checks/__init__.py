@@ -1,0 +1,1 @@
+"""What is tried on a job's own ranks before the job starts; ``torchtitan_upipe.check`` runs it."""
