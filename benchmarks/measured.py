@@ -25,9 +25,9 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_module, device_type
 
 from benchmarks.environment import environment
-from torchtitan_upipe.dry_run.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange, Traffic
 from torchtitan_upipe.device import is_out_of_memory
+from torchtitan_upipe.dry_run.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.trainer import Trainer

@@ -32,10 +32,10 @@ from benchmarks.arms import spell_length
 from benchmarks.environment import environment
 from benchmarks.local_group import join_alone
 from benchmarks.measured import MeasuredTrainer, failure
-from torchtitan_upipe.dry_run.peak import storage_bytes
 from benchmarks.prediction import predict
 from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_prediction, spell_rate
 from torchtitan_upipe.device import refuse_idle_gpus
+from torchtitan_upipe.dry_run.peak import storage_bytes
 from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.read import read_job
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 
@@ -29,9 +30,9 @@ class Board:
         patience: seconds that rank 0 waits for a rank once it is ready itself.
     """
 
-    def __init__(self, rank: int, size: int, patience: float, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int, size: int, patience: float, store: Store | None = None) -> None:
         self.rank, self.size, self.patience = rank, size, timedelta(seconds=patience)
-        self._store = dist.PrefixStore("check", store or _get_default_store())
+        self._store = PrefixStore("check", store or _get_default_store())
 
     def mark(self, doing: str) -> None:
         """Say what this rank is about to do, for whoever misses it."""

@@ -1,5 +1,4 @@
-"""The job made short: two layers and few tokens, with its method, its groups, its settings and, where they fit, widths.
-"""
+"""The job made short: two layers and few tokens, with its method, groups, settings and, where they fit, widths."""
 
 from __future__ import annotations
 
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import device_type
 
-from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor
+from torchtitan_upipe.data.sharding import chunk_of, length_divisor
 from torchtitan_upipe.device import memory_of_rank
 from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.pretrained import PretrainedArgs
@@ -74,7 +74,7 @@ def _shorten_settings(short: JobConfig, job: JobShape, length: int) -> None:
     accumulates = training.global_batch_size > training.local_batch_size * batches
     training.local_batch_size = min(training.local_batch_size, 2)
     training.global_batch_size = training.local_batch_size * batches * (2 if accumulates else 1)
-    training.seq_len, training.steps = length, STEPS
+    training.seq_len, training.steps = length, STEPS + 2
     training.max_norm = math.inf  # gradients are compared unclipped
     training.dataset, training.dataset_path = "stdlib", str(PACKAGE / "memory")
     cp.tile_size = min(cp.tile_size, max(own // 3, 1) * training.local_batch_size)
@@ -164,9 +164,9 @@ class ShortTrainer(Trainer):
 
     def __init__(self, short: Short) -> None:
         super().__init__(short.config)
-        self.short = short
+        self.short, self.rank = short, dist.get_rank()
         self.logged: list[tuple[float, float]] = []
-        self.metrics_processor.log = self._keep  # type: ignore[method-assign]
+        self.metrics_processor.log = self._keep
 
     @property
     def documents(self) -> bool:
