@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def main(args: Sequence[str] | None = None) -> int:
     init_console()
     own_args, job_args = split_options(sys.argv[1:] if args is None else args)
     options = tyro.cli(Options, args=own_args, prog="torchtitan_upipe.check")
-    logging.disable(logging.WARNING)  # the short job's lines; what is wrong comes from the checks
+    logging.disable(logging.WARNING)  # of the short job; what is wrong comes from the checks
+    warnings.simplefilter("ignore")
     try:
         refuse_idle_gpus()
         config = read_job(job_args)

@@ -40,7 +40,7 @@ class Board:
 
     def put(self, topic: str, findings: Any) -> None:
         """Leave this rank's findings."""
-        self._store.set(f"{topic}/{self.rank}", pickle.dumps(findings))
+        self._store.set(f"{topic}/{self.rank}", pickle.dumps(findings))  # type: ignore[arg-type]
 
     def missing(self, topic: str) -> dict[int, Missing]:
         """The ranks that have left nothing."""
@@ -61,7 +61,7 @@ class Board:
 
     def publish(self, topic: str, value: Any) -> None:
         """Let all ranks :meth:`read` this."""
-        self._store.set(topic, pickle.dumps(value))
+        self._store.set(topic, pickle.dumps(value))  # type: ignore[arg-type]
 
     def read(self, topic: str) -> Any:
         """What rank 0 has published, once it has.

@@ -23,6 +23,7 @@ from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 
 LARGEST = {"cpu": 2**20, "cuda": 2**28}  # bytes that a rank sends at a time
+TINY = 2**14  # bytes; what is as small is timed, and has no bandwidth
 TIMES = 5  # of which the fastest counts
 CODES = 199  # whole numbers up to this are exact in bfloat16, whose mantissa has 8 bits
 
@@ -88,8 +89,9 @@ def judge_collectives(findings: list[list[Found]], hosts: Hosts) -> Verdict:
             for sender, receivers in sorted(senders.items())
         ]
         slowest = max(found.seconds for found in on_ranks)
-        shrunk = f" (of {first.size / first.whole / 2**20:,.0f} MiB)" if first.whole < 1 else ""
-        said.append(f"{first.name} {first.size / slowest / 1e9:.2f} GB/s at {first.size / 2**20:,.3g} MiB{shrunk}")
+        shrunk = f" (the job's are of {first.size / first.whole / 2**20:,.0f})" if first.whole < 1 else ""
+        fast = f"{first.size / slowest / 1e9:.2f} GB/s at {first.size / 2**20:,.3g} MiB{shrunk}"
+        said.append(f"{first.name} {fast if first.size > TINY else f'{slowest * 1e6:,.0f} us'}")
     exchange = next((found.group for found in findings[0] if "all-to-all" in found.name), None)
     if exchange is not None:
         shares = all(hosts.together(found[0].group) for found in findings)

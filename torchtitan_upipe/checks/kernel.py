@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor
 from torchtitan.tools.utils import device_module, device_type
 
-from torchtitan_upipe.checks.report import SLOW, Hosts, Verdict, slow_ones
+from torchtitan_upipe.checks.report import SLOW, Hosts, Verdict, slow_ones, usual
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.kernels.contract import AttentionKernel
 from torchtitan_upipe.kernels.pieces import attend, attend_backward
@@ -148,10 +147,10 @@ def judge_kernel(findings: list[KernelFound], hosts: Hosts) -> Verdict:
         others = [rank for rank, found in enumerate(findings) if found.name == kernel]
         failures.append(f"{hosts.of(others)} would run the kernel {kernel!r}, and rank 0 {findings[0].name!r}.")
     seconds = {rank: found.seconds for rank, found in enumerate(findings)}
-    usual, flops = median(seconds.values()), findings[0].flops
+    often, flops = usual(seconds.values()), findings[0].flops
     failures += [
         f"{hosts.of([rank])} computes attention slowly: {flops / seconds[rank] / 1e12:.3g} TFLOP/s, less than "
-        f"1/{SLOW:.0f} of the median {flops / usual / 1e12:.3g}."
+        f"1/{SLOW:.0f} of the usual {flops / often / 1e12:.3g}."
         for rank in slow_ones(seconds)
     ]
     worst = max(error for found in findings for error, _ in found.errors.values())
@@ -159,7 +158,7 @@ def judge_kernel(findings: list[KernelFound], hosts: Hosts) -> Verdict:
     chosen = f" (chosen by {findings[0].asked!r})" if findings[0].asked == "auto" else ""
     return Verdict(
         f"{findings[0].name}{chosen} in {_short(findings[0].dtype)}, error at most {worst:.1e} (plain attention "
-        f"{plain:.1e}), {flops / usual / 1e12:.3g} TFLOP/s a rank, the slowest "
+        f"{plain:.1e}), {flops / often / 1e12:.3g} TFLOP/s a rank, the slowest "
         f"{flops / max(seconds.values()) / 1e12:.3g}",
         failures,
     )

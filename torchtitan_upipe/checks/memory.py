@@ -22,7 +22,7 @@ from torchtitan_upipe.memory.startup import RESERVE
 from torchtitan_upipe.stash.transfers import Transfers
 
 MORE, MIB = 0.1, 2**20  # share of the predicted peak that a step may take beyond it
-SMALL = 32 * MIB  # and bytes, for short jobs
+SMALL = 4 * MIB  # and bytes, for short jobs
 SAMPLE = GIB  # of host memory is asked for on trial
 
 
@@ -140,11 +140,12 @@ def _short_hosts(findings: list[MemoryFound], hosts: Hosts) -> list[str]:
     failures = []
     for ranks in on_host.values():
         need = sum(findings[rank].host for rank in ranks)
-        for limit, left in findings[ranks[0]].left.items():
+        for limit in findings[ranks[0]].left:
+            left = min(findings[rank].left.get(limit, need) for rank in ranks)
             if need > left:
                 failures.append(
-                    f"{hosts.of(ranks)} need {need / GIB:.2f} GiB of host memory together and {limit} leaves "
-                    f"{left / GIB:.2f} GiB; set context_parallel.stash_budget_gib, or use more hosts."
+                    f"{hosts.of(ranks)} need {need / GIB:.3g} GiB of host memory together and {limit} leaves "
+                    f"{left / GIB:.3g} GiB; set context_parallel.stash_budget_gib, or use more hosts."
                 )
     for limit in sorted({name for f in findings for name in f.own_left}):
         ranks = [rank for rank, f in enumerate(findings) if f.host > f.own_left.get(limit, f.host)]

@@ -57,7 +57,7 @@ class OneRank:
         self.model: nn.Module = spec.parallelize_fn(model, self.dims, self.config)
         self.model.to_empty(device=trainer.device)
         with torch.no_grad():
-            self.model.init_weights(buffer_device=None)  # type: ignore[operator]
+            self.model.init_weights(buffer_device=None)
         self.optimizers = spec.build_optimizers_fn([self.model], self.config.optimizer, self.dims)
         steps = self.config.training.steps
         self.take_weights()
@@ -84,7 +84,7 @@ class OneRank:
         for row in range(len(batch.tokens)):
             loss = self._loss(model, batch.rows(row, row + 1)) / count
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         norm = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
         return Step(total, norm, gradients)

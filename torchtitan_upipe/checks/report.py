@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
-SLOW = 3.0  # times the median, from which on a rank, or a pair, is called slow
+from torchtitan.tools.utils import device_type
+
+SLOW = 3.0  # times what is usual, from which on a rank, or a pair, is called slow
+SLACK = {"cpu": 0.02, "cuda": 2e-4}  # seconds, beside that: what a scheduler may take from whoever is timed
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,15 @@ class Check:
     together: bool = True
 
 
+def usual(seconds: Iterable[float]) -> float:
+    """A time that a quarter of ``seconds`` are below: of all pairs of four ranks, one slow rank makes half slow."""
+    found = sorted(seconds)
+    return found[len(found) // 4]
+
+
 def slow_ones(seconds: Mapping[Any, float], fewest: int = 3) -> list[Any]:
-    """Those that take :data:`SLOW` times the median; none where fewer than ``fewest`` are there to compare."""
+    """Those that take :data:`SLOW` times what is usual; none where fewer than ``fewest`` are there to compare."""
     if len(seconds) < fewest:
         return []
-    usual = median(seconds.values())
-    return [key for key, value in seconds.items() if value > SLOW * usual]
+    limit = SLOW * usual(seconds.values()) + SLACK[device_type]
+    return [key for key, value in seconds.items() if value > limit]

@@ -30,6 +30,7 @@ LAYERS, STEPS = 2, 2
 VOCABULARY = 2048
 FEWEST, OF_A_RANK = {"cpu": 256, "cuda": 1024}, 16  # tokens of a short sequence
 LONGER = {"cpu": 512, "cuda": 8192}  # of a rank, where memory and time are measured
+CHUNKS = 6  # of such a sequence, at most
 MOST_WEIGHTS = 8_000_000  # on CPU, for the sake of time
 BYTES_OF_WEIGHT, SHARE = 32, 0.4  # of a device's memory, for one rank's model beside the job's
 NARROW = 16  # width of a head where real widths do not fit
@@ -59,6 +60,8 @@ def shorten(config: JobConfig, world_size: int) -> Short:
     length -= int(config.training.seq_len % divisor > 0)  # padded, as the job's are
     longer = _multiple(min(LONGER[device_type] * job.ulysses * job.ring, config.training.seq_len), divisor)
     _shorten_settings(short, job, length)
+    if job.method == "fpdt":  # whose chunks are shorter now, and their pairs many
+        longer = min(longer, _multiple(CHUNKS * short.context_parallel.sequence_chunk, divisor))
     widths = _shorten_model(short, config, world_size)
     said = f"{LAYERS} of {job.model.layers} layers, {length:,} of {config.training.seq_len:,} tokens, {widths}"
     return Short(short, longer, said)
@@ -77,7 +80,7 @@ def _shorten_settings(short: JobConfig, job: JobShape, length: int) -> None:
     training.seq_len, training.steps = length, STEPS + 2
     training.max_norm = math.inf  # gradients are compared unclipped
     training.dataset, training.dataset_path = "stdlib", str(PACKAGE / "memory")
-    cp.tile_size = min(cp.tile_size, max(own // 3, 1) * training.local_batch_size)
+    cp.tile_size = min(cp.tile_size, (own // 2 + 1) * training.local_batch_size)
     if cp.method == "fpdt":
         degree = job.ulysses * job.ring
         cp.sequence_chunk = min(cp.sequence_chunk, max(chunk_of("fpdt", degree, length // 3), degree))
@@ -93,16 +96,16 @@ def _shorten_settings(short: JobConfig, job: JobShape, length: int) -> None:
 def _shorten_model(short: JobConfig, config: JobConfig, world_size: int) -> str:
     """Give ``short`` a model of two layers; say which of its widths are the job's."""
     args: Any = model_args(config)
-    small = {"n_layers": LAYERS, "vocab_size": min(args.vocab_size, VOCABULARY)}
+    small: dict[str, Any] = {"n_layers": LAYERS, "vocab_size": min(args.vocab_size, VOCABULARY)}
     if isinstance(args, PretrainedArgs):  # what it reads its shape from again, if it differs
-        small["assets"] = short.model.hf_assets_path  # type: ignore[assignment]
+        small["assets"] = short.model.hf_assets_path
     elements = _register(short, config, replace(args, **small), "")
     on_device = SHARE * memory_of_rank(device_type) / BYTES_OF_WEIGHT
     if elements <= (min(MOST_WEIGHTS, on_device) if device_type == "cpu" else on_device):
         return f"real widths, {small['vocab_size']:,} of {args.vocab_size:,} entries of the vocabulary"
     heads = args.n_heads
-    narrow = {"dim": heads * NARROW, "head_dim": NARROW, "hidden_dim": 2 * heads * NARROW}
-    narrow |= {"multiple_of": NARROW, "ffn_dim_multiplier": None}  # type: ignore[dict-item]
+    narrow: dict[str, Any] = {"dim": heads * NARROW, "head_dim": NARROW, "hidden_dim": 2 * heads * NARROW}
+    narrow |= {"multiple_of": NARROW, "ffn_dim_multiplier": None}
     known = {field.name for field in fields(args)}
     _register(short, config, replace(args, **small, **{k: v for k, v in narrow.items() if k in known}), "narrow ")
     return f"heads of {NARROW} and a model of {heads * NARROW} ({elements:,} weights of real widths are too many here)"
