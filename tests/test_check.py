@@ -82,7 +82,7 @@ def test_a_rank_that_sends_wrong_values_is_named(fault: Fault, tmp_path: Path) -
     kind = "all-to-all of keys: " if fault is send_another_number else "reduce-scatter of its gradients: "
     assert failure.startswith(kind)
     if fault is send_another_number:
-        assert failure.endswith(".") and " to rank 0 (" in failure
+        assert " to rank 0 (" in failure
 
 
 def send_late() -> None:
@@ -134,21 +134,20 @@ def be_wrong_about_keys() -> None:
 
     def wrong(self: CpuFlashKernel, *args: Any, **kwargs: Any) -> Any:
         dq, dk, dv = backward(self, *args, **kwargs)
-        return dq, dk * 1.01, dv
+        return dq, dk * 1.1, dv
 
     CpuFlashKernel.backward = wrong  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_wrong_kernel_is_named_and_so_are_its_gradients(dtype: str, tmp_path: Path) -> None:
-    options = {"training__mixed_precision_param": dtype}
+def test_a_wrong_kernel_is_named_and_so_are_its_gradients(tmp_path: Path) -> None:
+    options = {"training__mixed_precision_param": "bfloat16"}
     found = results_of(tmp_path, be_wrong_about_keys, "attention kernel", "two steps", **options)
     kernel, steps = found["attention kernel"].failures, found["two steps"].failures
-    if dtype == "float32":  # a hundredth is little beside bfloat16's own error in a model
-        assert "gradients of " in steps[0]
-        assert "on ranks 0, 1 (" in steps[0]
     assert len(kernel) == 3  # causal, packed, a stretch of queries
-    assert all("dk is off by 1.0e-02" in failure and "on rank 1 (" in failure for failure in kernel)
+    assert all("dk is off by 1.0e-01" in failure and "on rank 1 (" in failure for failure in kernel)
+    assert "gradients of " in steps[0]
+    assert ".attention.wk.weight, off by " in steps[0]
+    assert "on ranks 0, 1 (" in steps[0]
 
 
 def see_one_document() -> None:
@@ -202,14 +201,14 @@ def test_a_sound_job_passes(method: dict[str, object], tmp_path: Path) -> None:
 
 
 def test_times_that_are_too_short_are_named_by_one_rank(tmp_path: Path) -> None:
-    limits = ["--comm.train_timeout_seconds", "0", "--time_limit", "1", "--json", str(tmp_path / "verdict.json")]
-    args = job_args(tmp_path, 1, **{"training__steps": 100_000, "context_parallel__head_chunk": 4})
+    limits = ["--comm.train_timeout_seconds", "1", "--time_limit", "1", "--json", str(tmp_path / "verdict.json")]
+    args = job_args(tmp_path, 1, training__global_batch_size=1000, context_parallel__head_chunk=4)
     assert run_ranks(main, 1, [*args, *limits], init=False) == [1]
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict["ok"] is False
     failed = {found["name"]: found["failures"] for found in verdict["checks"] if found["failures"]}
     assert list(failed) == ["time"]
     timeout, limit = failed["time"]
-    assert timeout.startswith("comm.train_timeout_seconds = 0 is less than 2 predicted steps of")
+    assert timeout.startswith("comm.train_timeout_seconds = 1 is less than 2 predicted steps of")
     assert limit.startswith("the job is ended in 1 s, needs ")
     assert not (tmp_path / check.FILE).exists()

@@ -105,6 +105,9 @@ def _check(config: JobConfig, options: Options) -> list[Result]:
         seconds = time.monotonic() - began
         write_verdict(path, results, seconds)
         print(f"Checked in {seconds:.0f} s; verdict: {path}", flush=True)
+    board.part()
+    if not any(result.failures for result in results):
+        dist.destroy_process_group()
     return results
 
 

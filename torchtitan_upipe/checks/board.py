@@ -72,5 +72,11 @@ class Board:
         self._store.wait([topic], 3 * self.patience)
         return pickle.loads(self._store.get(topic))
 
+    def part(self) -> None:
+        """Wait until all ranks are here, or for :attr:`patience`: the store may end with rank 0."""
+        self.put("end", True)
+        if self.rank == 0:
+            self.all("end")
+
     def _at(self, rank: int) -> str:
         return self._store.get(f"at/{rank}").decode() if self._store.check([f"at/{rank}"]) else "nothing yet"

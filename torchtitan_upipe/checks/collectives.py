@@ -22,7 +22,7 @@ from torchtitan_upipe.cp.shards import split_keys, split_queries
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 
-LARGEST = {"cpu": 2**20, "cuda": 2**28}  # bytes that a rank sends at a time
+LARGEST = {"cpu": 2**20, "cuda": 2**27}  # bytes that a rank sends at a time
 TINY = 2**14  # bytes; what is as small is timed, and has no bandwidth
 TIMES = 5  # of which the fastest counts
 CODES = 199  # whole numbers up to this are exact in bfloat16, whose mantissa has 8 bits

@@ -65,7 +65,7 @@ def measure_limits(
 
     Args:
         short: a job of which a step was measured.
-        short_seconds: what that step took.
+        short_seconds: what a micro-batch of that step took.
         save_seconds: of one save.
         time_limit: ``--time-limit``, see :func:`seconds_left`.
     """
@@ -97,7 +97,9 @@ def step_seconds(config: JobConfig, job: JobShape, short: JobShape, short_second
     if rates.known:
         return passes * predict_time(job, machine).seconds, f"by the rates of {rates.name}"
     work, of_short = (_without_fixed(shape, machine) for shape in (job, short))
-    how = f"from a step of {short.length:,} tokens and {short.model.layers} layers that took {short_seconds:.2g} s"
+    how = (
+        f"from a micro-batch of {short.length:,} tokens and {short.model.layers} layers that took {short_seconds:.2g} s"
+    )
     return passes * short_seconds * work / of_short, how
 
 

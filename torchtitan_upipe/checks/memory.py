@@ -37,7 +37,7 @@ class MemoryFound:
         advice: what to change if the device has too little.
         left, own_left: host memory that there is, by what limits it: for all ranks of a host, for this process.
         refused: what the system said to a trial of host memory; empty where it gave it.
-        seconds: of the step before the one measured.
+        seconds: of a micro-batch in the step before the one measured.
     """
 
     predicted: int
@@ -68,7 +68,7 @@ def measure_memory(trainer: ShortTrainer, job: JobShape, mark: Callable[[str], N
     began = time.perf_counter()
     trainer.step_on(batch)
     device_module.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = (time.perf_counter() - began) / trainer.gradient_accumulation_steps
     meter: PeakMeter = CpuMeter() if device_type == "cpu" else CudaMeter()
     with meter.watch():
         trainer.step_on(batch)
@@ -108,7 +108,7 @@ def judge_memory(findings: list[MemoryFound], hosts: Hosts) -> Verdict:
         found = findings[over[0]]
         failures.append(
             f"a short step takes {found.measured / MIB:,.0f} MiB, and by the ledger {found.predicted / MIB:,.0f}, on "
-            f" {hosts.of(over)}: do not trust what it predicts for this job."
+            f"{hosts.of(over)}: do not trust what it predicts for this job."
         )
     small = [rank for rank, f in enumerate(findings) if device_type != "cpu" and f.device > f.has]
     if small:
