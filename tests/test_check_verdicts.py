@@ -90,8 +90,7 @@ def test_memory_is_summed_by_host() -> None:
     few = memory(host_need=5 * GIB)
     verdict = judge_memory([memory(), memory(), few, memory(host_need=4 * GIB, refused="no memory")], HOSTS)
     assert verdict.failures == [
-        "ranks 2, 3 (b) need 9 GiB of host memory together and MemAvailable leaves 8 GiB; set "
-        "context_parallel.stash_budget_gib, or use more hosts.",
+        "ranks 2, 3 (b) need 9 GiB of host memory together and MemAvailable leaves 8 GiB; use more ranks.",
         "host memory cannot be had on rank 3 (b): no memory.",
     ]
     (more,) = judge_memory([memory(), memory(measured=120), memory(), memory()], HOSTS).failures
@@ -225,13 +224,14 @@ def test_launch_script_checks_if_it_is_asked(option: list[str], module: str, tmp
 def test_a_model_too_wide_for_this_machine_is_narrowed(tmp_path: Path) -> None:
     """Its heads, which the schedule is made of, stay."""
     assets = ROOT / "torchtitan_upipe/assets/tokenizer"
-    options = {"job__config_file": ROOT / "train_configs/llama3_8b_1m.toml", "model__flavor": "8B"}
-    config = read_job(job_args(tmp_path, 8, **options, model__hf_assets_path=assets), 8)
+    words = ["--job.config_file", ROOT / "train_configs/llama3_8b_1m.toml", "--model.hf_assets_path", assets]
+    config = read_job([*map(str, words), "--training.dataset", "stdlib"], 8)
+    config.context_parallel.head_chunk = 8
     short = shorten(config, 8)
     wide, narrow = job_shape(config, 8).model, job_shape(short.config, 8).model
     assert (narrow.heads, narrow.kv_heads, narrow.layers) == (wide.heads, wide.kv_heads, 2)
     assert (narrow.head_dim, narrow.dim) == (16, 512)
-    assert short.said.startswith("2 of 32 layers, 256 of 256 tokens, heads of 16 and a model of 512")
+    assert short.said.startswith("2 of 32 layers, 256 of 1,048,576 tokens, heads of 16 and a model of 512")
     assert config.model.flavor == "8B"
 
 

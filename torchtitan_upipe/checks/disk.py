@@ -13,7 +13,7 @@ from pathlib import Path
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.tools.utils import device_type
 
-from torchtitan_upipe.checks.report import Hosts, Verdict
+from torchtitan_upipe.checks.report import Hosts, Verdict, spell_seconds
 from torchtitan_upipe.job.shape import JobShape, own_elements
 from torchtitan_upipe.memory.prediction import GIB
 
@@ -100,7 +100,9 @@ def judge_disk(findings: list[DiskFound], hosts: Hosts) -> Verdict:
         return Verdict(f"no checkpoints are asked for; {first.folder} has {free / GIB:.1f} GiB free", failures)
     seconds = max(found.seconds for found in findings)
     return Verdict(
-        f"{first.saves} checkpoints of {first.need / GIB:.2f} GiB in all, {free / GIB:.1f} GiB free; one save takes "
-        f"{seconds:.2g} s (extrapolated from {SAMPLE[device_type] / 2**20:.0f} MiB that each rank wrote at once)",
+        f"{first.saves} checkpoint{'s' if first.saves > 1 else ''} of {first.need / GIB:.2f} GiB in all, "
+        f"{free / GIB:.1f} GiB free; one save takes "
+        f"{spell_seconds(seconds)} "
+        f"(extrapolated from {SAMPLE[device_type] / 2**20:.0f} MiB that each rank wrote at once)",
         failures,
     )

@@ -12,7 +12,7 @@ from math import ceil
 from torchtitan.config import JobConfig
 from torchtitan.tools.utils import device_type
 
-from torchtitan_upipe.checks.report import Hosts, Verdict
+from torchtitan_upipe.checks.report import Hosts, Verdict, spell_seconds
 from torchtitan_upipe.device import name_of_device
 from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.rates import rates_of
@@ -137,7 +137,8 @@ def judge_limits(findings: list[LimitsFound], hosts: Hosts) -> Verdict:
         if found.timeout < MARGIN * seconds:
             failures.append(
                 f"comm.train_timeout_seconds = {found.timeout:g} is less than {MARGIN} predicted {what}s of "
-                f"{seconds:,.3g} s, and would end the job on all ranks; set it to {ceil(MARGIN * seconds):,d} or more."
+                f"{spell_seconds(seconds)}, and would end the job on all ranks; set it "
+                f"to {ceil(MARGIN * seconds):,d} or more."
             )
     lefts = [f.left for f in findings if f.left is not None]
     left = min(lefts) if lefts else None
@@ -145,8 +146,8 @@ def judge_limits(findings: list[LimitsFound], hosts: Hosts) -> Verdict:
         failures += _too_late(found, left)
     until = "no limit of the job's time is known" if left is None else f"{left:,.0f} s are left"
     return Verdict(
-        f"a step is predicted to take {found.step:.3g} s ({found.how}), all {found.steps:,} steps and {found.saves} "
-        f"saves {found.whole:,.0f} s; comm.train_timeout_seconds = {found.timeout:g}; {until}",
+        f"a step is predicted to take {spell_seconds(found.step)} ({found.how}), all {found.steps:,} steps and "
+        f"{found.saves} saves {found.whole:,.0f} s; comm.train_timeout_seconds = {found.timeout:g}; {until}",
         failures,
     )
 

@@ -138,6 +138,7 @@ def _short_hosts(findings: list[MemoryFound], hosts: Hosts) -> list[str]:
     for rank, host in enumerate(hosts.names):
         on_host[host].append(rank)
     failures = []
+    remedy = findings[0].advice if device_type == "cpu" else "set context_parallel.stash_budget_gib, or use more hosts"
     for ranks in on_host.values():
         need = sum(findings[rank].host for rank in ranks)
         for limit in findings[ranks[0]].left:
@@ -145,7 +146,7 @@ def _short_hosts(findings: list[MemoryFound], hosts: Hosts) -> list[str]:
             if need > left:
                 failures.append(
                     f"{hosts.of(ranks)} need {need / GIB:.3g} GiB of host memory together and {limit} leaves "
-                    f"{left / GIB:.3g} GiB; set context_parallel.stash_budget_gib, or use more hosts."
+                    f"{left / GIB:.3g} GiB; {remedy}."
                 )
     for limit in sorted({name for f in findings for name in f.own_left}):
         ranks = [rank for rank, f in enumerate(findings) if f.host > f.own_left.get(limit, f.host)]

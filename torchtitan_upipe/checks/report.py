@@ -73,6 +73,11 @@ class Check:
     together: bool = True
 
 
+def spell_seconds(seconds: float) -> str:
+    """E.g. ``"0.21 s"`` or ``"19,900 s"``."""
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
 def usual(seconds: Iterable[float]) -> float:
     """A time that a quarter of ``seconds`` are below: of all pairs of four ranks, one slow rank makes half slow."""
     found = sorted(seconds)
