@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.jobs import job_args
-from tests.ranks import preload, run_ranks
+from tests.ranks import RankError, preload, run_ranks
 from torchtitan_upipe import check, launch
 from torchtitan_upipe.checks import memory as memory_check
 from torchtitan_upipe.checks import run
@@ -26,10 +27,6 @@ from torchtitan_upipe.kernels.visibility import Documents
 preload("torchtitan_upipe.check")
 
 Fault = Callable[[], None]
-
-
-def sound() -> None:
-    """Nothing is wrong."""
 
 
 def checked(args: list[str], fault: Fault, ranks: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Result]:
@@ -103,30 +100,47 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert "is slow to send and receive within a host" in found.failures[0]
 
 
-def sleep_in_an_exchange() -> None:
-    dist.all_to_all_single = lambda *args, **kwargs: time.sleep(60)
-
-
-def be_impatient() -> None:
+def keep_verdict_of_a_rank_that_hangs(args: list[str], kept: str) -> None:
+    """Rank 1 stays in an exchange until rank 0 has judged that."""
     run.PATIENCE = 3.0
 
+    def stay(*args: Any, **kwargs: Any) -> None:
+        while not Path(kept).exists():
+            time.sleep(0.1)
+        os._exit(0)
 
-def hangs(args: list[str]) -> dict[str, Result]:
-    be_impatient()
-    return checked(args, sleep_in_an_exchange, (1,), ("collectives", "disk", "two steps"))
+    def hang() -> None:
+        dist.all_to_all_single = stay
+
+    found = checked(args, hang, (1,), ("collectives", "attention kernel"))
+    Path(f"{kept}.part").write_text(json.dumps({name: [r.measured, r.failures] for name, r in found.items()}))
+    Path(f"{kept}.part").rename(kept)
 
 
 def test_a_rank_that_hangs_is_named_and_waited_for_no_longer(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="ranks \\[1\\] did not finish"):  # it sleeps on: rank 0 has its verdict
-        run_ranks(first_rank_keeps, 2, job_args(tmp_path, 2), str(tmp_path / "found"), init=False, timeout=25)
-    found = json.loads((tmp_path / "found").read_text())
-    assert found["collectives"][0].startswith("collectives did not end on rank 1 (")
-    assert "no word since 'all-to-all of queries' began" in found["collectives"][0]
+    kept = tmp_path / "kept"
+    with pytest.raises(RankError, match="rank 1 died without a word"):
+        run_ranks(keep_verdict_of_a_rank_that_hangs, 2, job_args(tmp_path, 2), str(kept), init=False)
+    found = json.loads(kept.read_text())
+    assert any(
+        failure.startswith("collectives did not end on rank 1 (")
+        and "no word since 'all-to-all of queries' began" in failure
+        for failure in found["collectives"][1]
+    )
+    assert found["attention kernel"] == ["not run, since the ranks did not come through what was before", []]
 
 
-def first_rank_keeps(args: list[str], path: str) -> None:
-    found = hangs(args)
-    Path(path).write_text(json.dumps({name: result.failures[::-1] for name, result in found.items()}))
+def fail_to_build() -> None:
+    run.shorten = lambda *args: 1 / 0  # type: ignore[assignment, return-value]
+
+
+def test_a_rank_that_fails_is_named_and_what_needs_all_ranks_left_out(tmp_path: Path) -> None:
+    args = job_args(tmp_path, 2, context_parallel__head_chunk=4)
+    found = run_ranks(checked, 2, args, fail_to_build, (0, 1), ("collectives", "disk"), init=False)[0]
+    assert found["start"].failures[0].startswith("start did not end on ranks 0, 1 (")
+    assert found["start"].failures[0].endswith("ZeroDivisionError: division by zero.")
+    assert found["collectives"].measured.startswith("not run")
+    assert found["disk"].measured.startswith("no checkpoints are asked for")
 
 
 def be_wrong_about_keys() -> None:
@@ -178,26 +192,29 @@ def main(args: list[str]) -> int:
     return check.main(args)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"context_parallel__ring_degree": 2},
-        {"context_parallel__method": "fpdt", "context_parallel__sequence_chunk": 96},
-    ],
-    ids=["hybrid", "fpdt"],
-)
-def test_a_sound_job_passes(method: dict[str, object], tmp_path: Path) -> None:
+def test_a_sound_job_passes(tmp_path: Path) -> None:
+    """A hybrid, on packed documents whose sequences are padded."""
     options = {"training__document_mask": True, "training__seq_len": 255, "checkpoint__enable": True}
-    args = job_args(tmp_path, 4, **options, **method)
+    args = job_args(tmp_path, 4, **options, context_parallel__ring_degree=2)
     assert run_ranks(main, 4, args, init=False) == [0] * 4
     verdict = json.loads((tmp_path / check.FILE).read_text())
     assert verdict["ok"] is True
     assert [found["name"] for found in verdict["checks"]] == [one.name for one in CHECKS]
     assert not any(found["failures"] for found in verdict["checks"])
     collectives = verdict["checks"][1]["measured"]
-    for kind in ("all-to-all of queries", "all-gather of a block's weights", "share a host"):
+    for kind in ("all-to-all of queries", "ring of keys and values", "all-gather of a block's weights", "share a host"):
         assert kind in collectives
-    assert ("ring of keys and values" in collectives) == ("context_parallel__ring_degree" in method)
+
+
+def nothing() -> None:
+    """No fault."""
+
+
+def test_chunks_of_the_sequence_pass_as_well(tmp_path: Path) -> None:
+    options = {"context_parallel__method": "fpdt", "context_parallel__head_chunk": 0}
+    chunk = {"context_parallel__sequence_chunk": 96, "training__document_mask": True}
+    found = results_of(tmp_path, nothing, "collectives", "two steps", "causality", **options, **chunk)
+    assert not any(result.failures for result in found.values())
 
 
 def test_times_that_are_too_short_are_named_by_one_rank(tmp_path: Path) -> None:

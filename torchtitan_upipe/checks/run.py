@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ PATIENCE = 60.0  # seconds for a collective, and for a rank that others wait for
 
 Show = Callable[[Result], None]
 GiveUp = Callable[[Sequence[Result]], None]
+
+
+class State(IntEnum):
+    """What ranks can still do: everything; what each does alone, since their collectives may not fit; nothing."""
+
+    WHOLE, BROKEN, LOST = range(3)
 
 
 @dataclass(frozen=True)
@@ -144,20 +151,20 @@ def run_checks(
         give_up: told the results so far by rank 0 where that does not come back from a check; must end the process.
     """
     results: list[Result] = []
-    broken = False
+    state = State.WHOLE
     for check in checks:
-        if broken and check.together:
+        if state is State.LOST or (state is State.BROKEN and check.together):
             result = Result(check.name, "not run, since the ranks did not come through what was before", [], 0.0)
         else:
-            result, breaks = _run(check, bench, hosts, lambda lost: give_up([*results, lost]))
-            broken |= breaks
+            result, after = _run(check, bench, hosts, lambda lost: give_up([*results, lost]))
+            state = max(state, after)
         results.append(result)
         show(result)
     return results
 
 
-def _run(check: Check, bench: Bench, hosts: Hosts, give_up: Callable[[Result], None]) -> tuple[Result, bool]:
-    """One check; whether ranks failed to do it, after which their collectives may not fit together."""
+def _run(check: Check, bench: Bench, hosts: Hosts, give_up: Callable[[Result], None]) -> tuple[Result, State]:
+    """One check, and how it leaves the ranks."""
     board, began = bench.board, time.monotonic()
     board.mark(check.name)
 
@@ -178,15 +185,18 @@ def _run(check: Check, bench: Bench, hosts: Hosts, give_up: Callable[[Result], N
     board.put(check.name, findings)
     if board.rank == 0:
         board.publish(f"verdict on {check.name}", _judged(check, board.all(check.name), hosts, began))
-    verdict: tuple[Result, bool] = board.read(f"verdict on {check.name}")
+    verdict: tuple[Result, State] = board.read(f"verdict on {check.name}")
     return verdict
 
 
-def _judged(check: Check, findings: list[Any], hosts: Hosts, began: float) -> tuple[Result, bool]:
+def _judged(check: Check, findings: list[Any], hosts: Hosts, began: float) -> tuple[Result, State]:
     absent = [(rank, found) for rank, found in enumerate(findings) if isinstance(found, (Missing, Broken))]
     lost = Verdict("not measured", _failures(check, absent, hosts))
     verdict = lost if absent else check.judge(findings, hosts)
-    return Result(check.name, verdict.measured, verdict.failures, time.monotonic() - began), bool(absent)
+    state = State.BROKEN if absent else State.WHOLE
+    if any(isinstance(found, Missing) for _, found in absent):
+        state = State.LOST
+    return Result(check.name, verdict.measured, verdict.failures, time.monotonic() - began), state
 
 
 def _failures(check: Check, absent: Sequence[tuple[int, Missing | Broken]], hosts: Hosts) -> list[str]:
