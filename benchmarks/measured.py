@@ -25,9 +25,9 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.utils import device_module, device_type
 
 from benchmarks.environment import environment
-from benchmarks.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange, Traffic
 from torchtitan_upipe.device import is_out_of_memory
+from torchtitan_upipe.dry_run.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.trainer import Trainer
@@ -42,7 +42,7 @@ class RankMeasurement:
         loss: the logged loss of every step, warm-up included.
         sent: calls and bytes of one step, by kind of exchange; what FSDP sends is not in it.
             Empty where the method does not count (TorchTitan's own).
-        peak_device: see :class:`~benchmarks.peak.PeakMeter`.
+        peak_device: see :class:`~torchtitan_upipe.dry_run.peak.PeakMeter`.
         peak_host: largest resident set of the process during the timed steps.
         held: the parts of ``peak_device`` that outlive a step: parameters (with buffers), optimizer state.
     """

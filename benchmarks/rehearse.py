@@ -32,10 +32,10 @@ from benchmarks.arms import spell_length
 from benchmarks.environment import environment
 from benchmarks.local_group import join_alone
 from benchmarks.measured import MeasuredTrainer, failure
-from benchmarks.peak import storage_bytes
 from benchmarks.prediction import predict
 from benchmarks.tables import EXTRAPOLATED, MEASURED, markdown, spell_bytes, spell_prediction, spell_rate
 from torchtitan_upipe.device import refuse_idle_gpus
+from torchtitan_upipe.dry_run.peak import storage_bytes
 from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.read import read_job
 
@@ -53,7 +53,7 @@ class Rehearsal:
         tokens: per step and rank.
         step_seconds: median of the timed steps.
         forward_seconds, backward_seconds: of one layer, median; backward includes what is computed again.
-        peak_device: see :class:`~benchmarks.peak.PeakMeter`.
+        peak_device: see :class:`~torchtitan_upipe.dry_run.peak.PeakMeter`.
         peak_host: largest resident set of the process during the timed steps.
         predicted, predicted_full: peaks of the device by the ledger, with these layers and with all.
         state: parameters and optimizer state of one layer.

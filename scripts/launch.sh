@@ -3,6 +3,7 @@
 #
 #   bash scripts/launch.sh train_configs/llama3_8b_1m.toml                              one node
 #   bash scripts/launch.sh train_configs/x.toml --context_parallel.method ulysses ...   any field of the job file
+#   bash scripts/launch.sh --check train_configs/x.toml ...                             try the job first (docs/check.md)
 #
 # On several nodes run it once on each:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-node bash scripts/launch.sh train_configs/llama3_8b_8m_16gpus.toml
@@ -14,6 +15,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+module="${MODULE:-torchtitan_upipe.train}"
+if [ "${1:-}" = --check ]; then
+  module=torchtitan_upipe.check
+  shift
+fi
 config="${1:?the job file comes first, e.g. train_configs/llama3_8b_1m.toml}"
 shift
 
@@ -28,4 +34,4 @@ export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
 exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-  -m "${MODULE:-torchtitan_upipe.train}" --job.config_file "$config" "$@"
+  -m "$module" --job.config_file "$config" "$@"
