@@ -11,6 +11,7 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan_upipe.cp.head_schedule import check_heads
 from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.job.evaluation import check_evaluation
 from torchtitan_upipe.job.files import check_files
 from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
 from torchtitan_upipe.job.pretrained import PretrainedArgs
@@ -44,6 +45,8 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_hidden_states(config, world_size)
     _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
+    if config.evaluation.enable:
+        check_evaluation(config)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
         check_rope_of_weights(config, model_args)

@@ -26,7 +26,7 @@ class NeedleResult(TypedDict):
 
 
 PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "tokens": int, "loss": float})
-"""Mean loss of tokens that have at least ``from`` and fewer than ``to`` tokens of their document before them."""
+"""Mean loss at positions ``from`` to ``to - 1`` of documents: so many tokens stand before the one that predicts."""
 
 
 class ContextGain(TypedDict):
