@@ -7,6 +7,8 @@ from rich.table import Table
 
 from torchtitan_upipe.job.results import NeedleResult, Results
 
+WIDE = 160  # columns of a table in a file, which no terminal limits
+
 
 def scalars(results: Results) -> dict[str, float]:
     """What goes to TensorBoard: means over depths by length and keys, losses by length, the gain."""
@@ -25,9 +27,17 @@ def scalars(results: Results) -> dict[str, float]:
 def print_tables(results: Results) -> None:
     """Print what was found."""
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
     for keys in dict.fromkeys(n["keys"] for n in results.needles):
-        console.print(_needle_table(results.step, keys, [n for n in results.needles if n["keys"] == keys]))
+        cells = [n for n in results.needles if n["keys"] == keys]
+        what = "one needle" if keys == 1 else f"one of {keys} needles"
+        console.print(
+            f"Step {results.step}, {what}: exact match of {cells[0]['trials']}, and the answer's log-probability"
+        )
+        console.print(_needle_table(cells))
     if results.loss_by_position:
+        console.print(f"Step {results.step}, loss by position in the document, {results.seq_len:,} tokens a sequence")
         console.print(_loss_table(results))
     if results.context_gain is not None:
         gain = results.context_gain
@@ -39,9 +49,8 @@ def print_tables(results: Results) -> None:
         console.print("No gain of context: no sequence ends with a document that reaches over the truncated context.")
 
 
-def _needle_table(step: int, keys: int, cells: list[NeedleResult]) -> Table:
-    title = f"Step {step}: one needle" if keys == 1 else f"Step {step}: one of {keys} needles"
-    table = Table(title=f"{title}, exact match of {cells[0]['trials']} (log-probability of the answer)")
+def _needle_table(cells: list[NeedleResult]) -> Table:
+    table = Table()
     table.add_column("tokens", justify="right")
     depths = list(dict.fromkeys(n["depth"] for n in cells))
     for depth in depths:
@@ -53,7 +62,7 @@ def _needle_table(step: int, keys: int, cells: list[NeedleResult]) -> Table:
 
 
 def _loss_table(results: Results) -> Table:
-    table = Table(title=f"Step {results.step}: loss by position in its document, {results.seq_len} tokens a sequence")
+    table = Table()
     for name in ("position", "tokens", "loss"):
         table.add_column(name, justify="right")
     for row in results.loss_by_position:
