@@ -27,10 +27,10 @@ HIDDEN = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "upipe": (4, upipe(4)),
     "ulysses": (2, ULYSSES),
-    "ring": (4, RING),
+    "ring": (2, RING),
     "hybrid": (4, upipe(4) | HYBRID | {"context_parallel__tile_size": 48}),
     "fpdt": (2, fpdt(98)),
-    "hidden": (4, HIDDEN),
+    "hidden": (2, HIDDEN),
     "data_parallel": (4, ULYSSES | {"parallelism__context_parallel_degree": 2}),
 }
 FLAGS = [

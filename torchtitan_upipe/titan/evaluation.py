@@ -210,13 +210,13 @@ class Progress:
 
 
 def _first_documents(config: JobConfig, tokenizer: BaseTokenizer, tokens: int) -> tuple[str, list[Tensor]]:
-    """The name of the text, and its first documents of at least so many tokens, if there are as many."""
+    """The name of the text, and its first documents of at least so many tokens of text, if there are as many."""
     source, documents = read_documents(settings.text_section(config), config, tokenizer)
     taken: list[Tensor] = []
     read = 0
     for document in documents:
         taken.append(torch.tensor(document, dtype=torch.int32))
-        read += len(document)
+        read += max(len(document) - 2, 1)  # without what begins and ends it
         if read >= tokens:
             break
     return source, taken

@@ -11,6 +11,8 @@ from matplotlib.image import AxesImage
 
 from torchtitan_upipe.job.results import NeedleResult, Results
 
+DARK = 0.6  # exact match from which on a field of the heat map is dark
+
 
 def plot_results(results: Results, path: Path) -> list[Path]:
     """Draw what ``results`` have beside ``path``, their file; return the pictures."""
@@ -48,10 +50,11 @@ def _heat_map(axes: Axes, cells: list[NeedleResult], lengths: list[float], depth
         at = depths.index(cell["depth"]), lengths.index(cell["length"])
         values[at] = cell["exact_match"]
         text = f"{cell['exact_match']:.0%}\n{cell['log_probability']:.1f}"
-        axes.text(at[1], at[0], text, ha="center", va="center", fontsize=7)
+        colour = "white" if cell["exact_match"] > DARK else "black"
+        axes.text(at[1], at[0], text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(lengths)), [f"{int(length):,}" for length in lengths], rotation=30)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    return axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    return axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
 
 
 def _losses(results: Results) -> Figure:
