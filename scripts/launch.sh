@@ -9,13 +9,16 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=first-node bash scripts/launch.sh train_configs/llama3_8b_8m_16gpus.toml
 #
 #   NGPU       ranks per node (default 8)        MASTER_PORT   port of the first node (default 29500)
-#   MODULE     what to run (default torchtitan_upipe.train)
+#   MODULE     what to run (default torchtitan_upipe.train); torchtitan_upipe.extend takes a recipe for the job file
 #   LOG_RANK   the local ranks whose output is shown (default 0)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 config="${1:?the job file comes first, e.g. train_configs/llama3_8b_1m.toml}"
 shift
+
+option=--job.config_file
+[ "${MODULE:-}" != torchtitan_upipe.extend ] || option=--recipe
 
 if [ "${NNODES:-1}" -gt 1 ]; then
   nodes=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK, 0 to NNODES - 1}"
@@ -28,4 +31,4 @@ export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
 exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-  -m "${MODULE:-torchtitan_upipe.train}" --job.config_file "$config" "$@"
+  -m "${MODULE:-torchtitan_upipe.train}" "$option" "$config" "$@"
