@@ -10,7 +10,7 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=first-node bash scripts/launch.sh train_configs/llama3_8b_8m_16gpus.toml
 #
 #   NGPU       ranks per node (default 8)        MASTER_PORT   port of the first node (default 29500)
-#   MODULE     what to run (default torchtitan_upipe.train)
+#   MODULE     what to run (default torchtitan_upipe.train); torchtitan_upipe.extend takes a recipe for the job file
 #   LOG_RANK   the local ranks whose output is shown (default 0)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +23,9 @@ fi
 config="${1:?the job file comes first, e.g. train_configs/llama3_8b_1m.toml}"
 shift
 
+option=--job.config_file
+[ "$module" != torchtitan_upipe.extend ] || option=--recipe
+
 if [ "${NNODES:-1}" -gt 1 ]; then
   nodes=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK, 0 to NNODES - 1}"
     --master_addr "${MASTER_ADDR:?set MASTER_ADDR, the name of the first node}" --master_port "${MASTER_PORT:-29500}")
@@ -34,4 +37,4 @@ export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
 exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-  -m "$module" --job.config_file "$config" "$@"
+  -m "$module" "$option" "$config" "$@"

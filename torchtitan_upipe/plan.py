@@ -24,7 +24,7 @@ from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.load import config_file, split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
-from torchtitan_upipe.job.write import job_text
+from torchtitan_upipe.job.write import command_line_fields, job_text, put
 from torchtitan_upipe.memory.axes import settings_of
 from torchtitan_upipe.memory.planner import Budget, Plan, Planner, methods
 from torchtitan_upipe.memory.prediction import GIB
@@ -233,7 +233,7 @@ def planned(job_args: Sequence[str], config: JobConfig, plan: Plan, world_size: 
     values: dict[str, Any] = tomllib.loads(Path(source).read_text()) if source else {}
     for name in command_line_fields(job_args):
         if name != "job.config_file":
-            _put(values, name, config)
+            put(values, name, config)
     for section, settings in settings_of(plan.job).items():
         values.setdefault(section, {}).update(settings)
     values["context_parallel"].pop("settings", None)
@@ -245,22 +245,6 @@ def planned(job_args: Sequence[str], config: JobConfig, plan: Plan, world_size: 
     if read != plan.job:
         raise ValueError(f"the planned settings, written to a file, would be read as {read}; nothing was written.")
     return text
-
-
-def command_line_fields(job_args: Sequence[str]) -> Iterator[str]:
-    """The fields that a command line names, as ``section.field``."""
-    for word in job_args:
-        if word.startswith("--"):
-            section, _, name = word[2:].partition("=")[0].replace("-", "_").rpartition(".")
-            yield f"{section}.{name.removeprefix('no_')}"
-
-
-def _put(values: dict[str, Any], name: str, config: Any) -> None:
-    """The value that ``config`` has at ``name`` to the same place of ``values``."""
-    *sections, field = name.split(".")
-    for section in sections:
-        config, values = getattr(config, section), values.setdefault(section, {})
-    values[field] = getattr(config, field)
 
 
 if __name__ == "__main__":

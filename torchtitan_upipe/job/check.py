@@ -45,6 +45,8 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_hidden_states(config, world_size)
     _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
+    if config.evaluation.enable:
+        check_evaluation(config)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
         if config.evaluation.enable:
             check_evaluation(config)

@@ -31,7 +31,7 @@ def load_config(args: Sequence[str]) -> JobConfig:
     """
     manager = ConfigManager()
     path = config_file(args)
-    values = _read_toml(path) if path else {}
+    values = read_toml(path) if path else {}
     arguments = _one_config_file(args, path)
     if not any(_option_name(a) == "job.custom_config_module" for a in args):
         module = values.get("job", {}).get("custom_config_module") if isinstance(values.get("job"), dict) else None
@@ -103,7 +103,12 @@ def _option_name(arg: str) -> str | None:
     return arg.removeprefix("--").split("=", 1)[0].replace("-", "_") if arg.startswith("--") else None
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def read_toml(path: str) -> dict[str, Any]:
+    """The tables of a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no TOML.
+    """
     try:
         with Path(path).open("rb") as file:
             return tomllib.load(file)

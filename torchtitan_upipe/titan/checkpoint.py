@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpoint import DATALOADER, TRAIN_STATE, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import (
+    DATALOADER,
+    LR_SCHEDULER,
+    OPTIMIZER,
+    TRAIN_STATE,
+    AsyncMode,
+    CheckpointManager,
+)
+from torchtitan.components.optimizer import OptimizersContainer
 
 from torchtitan_upipe.huggingface.folder import ModelFiles
 from torchtitan_upipe.huggingface.weights import INDEX, SINGLE, write_weights
@@ -84,7 +93,8 @@ class Checkpoints(CheckpointManager):
             _check_whole(state_dict, saved, checkpoint_id)
             self._check_data(state_dict, saved, checkpoint_id)
         try:
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            with _own_settings(None if LR_SCHEDULER in state_dict else state_dict.get(OPTIMIZER)):
+                super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         except CheckpointException as error:  # a BaseException, of which each rank's own failure is one entry
             rank, (failure, _) = next(iter(error.failures.items()))
             text = str(failure).strip().partition("\n")[0]
@@ -111,6 +121,16 @@ class Checkpoints(CheckpointManager):
                 f"loader, of {loader.dp_world_size}, cannot take it over; {BEGIN_AGAIN}."
             )
         loader.expect(ranks)
+
+
+@contextmanager
+def _own_settings(optimizers: OptimizersContainer | None) -> Iterator[None]:
+    """Within, ``optimizers`` load moments alone; learning rate, betas and decay stay the job's."""
+    groups = [] if optimizers is None else [[dict(g) for g in one.param_groups] for one in optimizers]
+    yield
+    for one, own in zip(optimizers or (), groups, strict=True):
+        for group, settings in zip(one.param_groups, own, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
