@@ -1,4 +1,4 @@
-"""The same run twice: to the last digit, whenever its ranks come, and also when the second one goes on in the middle."""
+"""A run repeats another to the last digit, whenever its ranks come, and also where it goes on in the middle of it."""
 
 from __future__ import annotations
 
@@ -37,25 +37,27 @@ COLLECTIVES = (
 )
 
 
-def run(args: list[str], late: bool = False) -> int:
-    """A job; each collective of a rank that is late begins up to 2 ms after its time, each step up to 30 ms."""
+def run(args: list[str], late: bool) -> tuple[int, bool]:
+    """Exit code of a job, and whether it was late: its collectives by up to 2 ms each, its steps by up to 30 ms."""
     from torchtitan_upipe.titan.trainer import Trainer
     from torchtitan_upipe.train import main
 
     def delayed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             time.sleep(draw.random() * seconds)
+            delays.append(seconds)
             return function(*args, **kwargs)
 
         return call
 
+    delays: list[float] = []
     draw = random.Random(dist.get_rank() if dist.is_initialized() else None)
     with ExitStack() as stack:
         if late:
             stack.enter_context(patch.object(Trainer, "train_step", delayed(Trainer.train_step, 0.03)))
             for name in COLLECTIVES:
                 stack.enter_context(patch.object(dist, name, delayed(getattr(dist, name), 0.002)))
-        return main(args)
+        return main(args), len(delays) > 20
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_late_and_resumed_runs_repeat_the_unbroken_one(method: str, ranks: dict[
     def log(name: str, late: bool) -> Log:
         flags = ("--checkpoint.enable", "--debug.deterministic")
         args = job_args(tmp_path / name, world, *flags, **job, checkpoint__interval=2)
-        assert ranks[world](run, args, late) == [0] * world
+        assert ranks[world](run, args, late) == [(0, late)] * world
         return read_log(tmp_path / name)
 
     whole = log("whole", late=False)
