@@ -72,7 +72,7 @@ class Checkpoints(CheckpointManager):
             OSError: it could not be written; those before it are as they were.
         """
         if self._should_save(curr_step, last_step):
-            self.wait()
+            self._async_wait()
             self._newest = curr_step
         super().save(curr_step, last_step)
 
@@ -82,10 +82,12 @@ class Checkpoints(CheckpointManager):
         Raises:
             OSError: it could not be written.
         """
-        if not self.enable or self.save_future is None:
-            return
+        if self.enable:
+            self._async_wait()
+
+    def _async_wait(self) -> None:
         try:
-            self.save_future.result()
+            super()._async_wait()
         except CheckpointException as error:
             self.save_future = None
             raise self._not_written(Path(self._create_checkpoint_id(self._newest)), error) from error
