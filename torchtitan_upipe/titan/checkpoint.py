@@ -138,7 +138,7 @@ class Checkpoints(CheckpointManager):
                 async_checkpointer_type=process,
                 async_stager=stager,
             )
-        stager = DefaultStager(StagingOptions(False, False, False, False))  # the writer's own would not copy on CPU
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # torch's, where it is handed no writer
         future = async_save(state_dict, storage_writer=writer, process_group=self.pg, async_stager=stager)
         assert isinstance(future, Future)
         future.add_done_callback(lambda _: stager.close())
