@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torchtitan.components.checkpoint import TRAIN_STATE
 from torchtitan.tools.logging import logger
 
 from torchtitan_upipe.job import steps
@@ -139,12 +140,18 @@ def verify(checkpoint: Path) -> None:
             logger.info(f"{checkpoint} was written without checksums: only the sizes of its files were compared.")
         return
     others = [path for path in reversed(steps.steps(checkpoint.parent).values()) if path.name != checkpoint.name]
-    good = next((path for path in others if steps.is_finished(path) and not _damage(path)), None)
+    good = next((path for path in others if (path / METADATA).is_file() and not _damage(path) and _is_full(path)), None)
     remedy = "no other checkpoint beside it is good"
     if good is not None:
         remedy = f"the newest good one is {good.name} (checkpoint.load_step = {good.name.removeprefix('step-')})"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise ValueError(f"checkpoint {checkpoint} is damaged: {found[0]}{more}; {remedy}.")
+
+
+def _is_full(checkpoint: Path) -> bool:
+    """Whether a job can go on from it: the last one of a job may hold a model alone."""
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return any(name.startswith(f"{TRAIN_STATE}.") for name in names)
 
 
 def _damage(checkpoint: Path) -> list[str]:
