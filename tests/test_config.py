@@ -200,7 +200,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--checkpoint.enable", "--checkpoint.keep_latest_k", "1"], r"keep_latest_k = 1 would delete the last"),
         (
             ["--checkpoint.enable", "--checkpoint.load_step", "7"],
-            r"load_step = 7 is not in .*, which holds no checkpoint",
+            r"load_step = 7 is not there in .*: no step is finished there; leave it out",
         ),
         (["--checkpoint.create_seed_checkpoint"], r"writes nothing without checkpoint.enable = true"),
         (["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"], r"is for one rank, and this job has 4"),

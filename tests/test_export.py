@@ -75,6 +75,7 @@ def test_a_trained_model_comes_back(kind: str, tmp_path: Path) -> None:
 
 def check_folder(folder: Path, kind: str) -> None:
     assert sorted(file.name for file in folder.iterdir()) == [
+        "checksums.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -153,7 +153,8 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     metadata = tmp_path / "checkpoint/step-1/.metadata"
     metadata.write_bytes(metadata.read_bytes()[:100])
     line = sentence_of(tmp_path, "--checkpoint.enable", **again)
-    assert f"checkpoint {tmp_path}/checkpoint/step-1: its .metadata is damaged" in line
+    assert f"checkpoint {tmp_path}/checkpoint/step-1 is damaged: .metadata has 100 bytes, of " in line
+    assert "; no other checkpoint beside it is good." in line  # step-2 holds a model only
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from pathlib import Path
 from tests.jobs import ROOT
 
 PACKAGE = ROOT / "torchtitan_upipe"
-COMMANDS = {"train.py", "extend.py", "evaluate.py", "check.py", "plan.py", "export.py", "memory/__main__.py", "train_spec.py"}
+COMMANDS = {
+    "train.py",
+    "extend.py",
+    "evaluate.py",
+    "check.py",
+    "plan.py",
+    "export.py",
+    "memory/__main__.py",
+    "train_spec.py",
+}
 SIDES = ["checks", "dry_run", "titan", "huggingface", "memory", "job", "data"]
 CORE = ["cp", "kernels", "tiled", "stash"]
 FLOOR = ["device.py", "launch.py", "turns.py", "job_config.py", "__init__.py"]  # alone: they use no other file

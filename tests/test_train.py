@@ -249,21 +249,6 @@ def test_bfloat16_with_and_without_fsdp(seeds: dict[str, Path], one_rank: dict[s
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [upipe(2), fpdt(96, "host"), HIDDEN], ids=["upipe", "fpdt", "hidden-states"])
-def test_resumed_run_repeats_the_unbroken_one(method: dict[str, object], tmp_path: Path) -> None:
-    """To the last digit: model, optimizer, schedule and position in the data all come back."""
-    options = {**QWEN, **method, "activation_checkpoint__mode": "full", "checkpoint__interval": 4}
-    whole = train(tmp_path / "whole", 2, "--checkpoint.enable", **options)
-    train(tmp_path / "broken", 2, "--checkpoint.enable", **options, training__steps=6, lr_scheduler__total_steps=10)
-    (tmp_path / "broken" / "checkpoint" / "step-6").rename(tmp_path / "the model alone, saved at the end")
-    for file in (tmp_path / "broken").glob("tb/*/events*"):
-        file.unlink()
-    resumed = train(tmp_path / "broken", 2, "--checkpoint.enable", **options)
-    assert len(resumed.loss) == 6  # steps 5 to 10
-    assert resumed.loss == whole.loss[4:]
-    assert resumed.grad_norm == whole.grad_norm[4:]
-
-
 @pytest.mark.parametrize(
     "world, options",
     [

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchtitan_upipe.job.steps import INDEX, SINGLE, Checksum, checksum_of, sync, write_checksums
+
 FILE_BYTES = 5 * 10**9
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def split(sizes: Mapping[str, int], limit: int = FILE_BYTES) -> list[list[str]]:
@@ -34,28 +33,37 @@ def write_weights(
     fetch: Callable[[Sequence[str]], Mapping[str, Tensor]],
     *,
     limit: int = FILE_BYTES,
-    writes: bool = True,
 ) -> None:
     """Write weights into ``folder``, one file's at a time in memory.
 
-    A file gets its name when it is whole, and the index comes last: what was ended halfway is no model.
+    A file gets its name when it is whole, and the index, or the only file, comes last, after the checksums: what was
+    ended halfway is no model.
 
     Args:
         sizes: bytes of every weight, by its name.
-        fetch: the weights of a file, in host memory; called on every rank that takes part, for the same files.
+        fetch: the weights of a file, in host memory, in the order of ``sizes``.
         limit: bytes of a file, unless one weight is larger.
-        writes: whether this rank writes. What ``fetch`` returns is not looked at elsewhere.
     """
     files = split(sizes, limit)
     place: dict[str, str] = {}
+    sums: dict[str, Checksum] = {}
+
+    def settle(file: str, last: bool) -> None:
+        """Let a whole file have its name."""
+        partial = folder / f"{file}.partial"
+        sync(partial)
+        sums[file] = checksum_of(partial)
+        if last:
+            write_checksums(folder, sums)
+        partial.replace(folder / file)
+
     for number, names in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        weights = fetch(names)
-        if writes:
-            partial = folder / f"{file}.partial"
-            save_file({name: weight.contiguous() for name, weight in weights.items()}, partial, {"format": "pt"})
-            os.replace(partial, folder / file)
+        weights = {name: weight.contiguous() for name, weight in fetch(names).items()}
+        save_file(weights, folder / f"{file}.partial", {"format": "pt"})
+        settle(file, last=len(files) == 1)
         place |= dict.fromkeys(names, file)
-    if writes and len(files) > 1:
+    if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{INDEX}.partial").write_text(json.dumps(index, indent=2) + "\n")
+        settle(INDEX, last=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from torchtitan_upipe.data.mixture import read_mixture
+from torchtitan_upipe.job.steps import finished_steps, steps
 
+TRIED_BYTES = 2**20  # a full disk may still take a name
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -126,14 +128,16 @@ def _check_checkpoints(config: JobConfig) -> None:
             "checkpoint.last_save_model_only = true."
         )
     folder = Path(config.job.dump_folder) / checkpoint.folder
-    step = checkpoint.load_step
-    if step != -1 and not (folder / f"step-{step}").is_dir():
-        steps = sorted(int(m[1]) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)))
-        raise ValueError(
-            f"checkpoint.load_step = {step} is not in {folder}, which holds "
-            f"{'steps ' + ', '.join(map(str, steps)) if steps else 'no checkpoint'}; choose one of these, or -1."
+    step, finished = checkpoint.load_step, finished_steps(folder)
+    if step != -1 and step not in finished:
+        what = "was not finished" if step in steps(folder) else "is not there"
+        choice = (
+            f"finished are {', '.join(map(str, finished))}; choose one of these, or -1, the last"
+            if finished
+            else ("no step is finished there; leave it out")
         )
-    if any(folder.glob("step-*/.metadata")) or any(folder.glob("step-*/model.safetensors*")):
+        raise ValueError(f"checkpoint.load_step = {step} {what} in {folder}: {choice}.")
+    if finished:
         return  # which TorchTitan then goes on from
     if folder.exists() and (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         raise ValueError(
@@ -170,8 +174,9 @@ def _check_room(config: JobConfig) -> None:
             continue
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         try:
-            with tempfile.TemporaryDirectory(dir=there):
-                pass
+            with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+                file.write(bytes(TRIED_BYTES))
+                os.fsync(file.fileno())
         except OSError as error:
             raise ValueError(
                 f"{name}: nothing can be written to {folder} ({error.strerror}: {there}); choose another folder."

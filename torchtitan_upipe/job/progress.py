@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal, TypedDict
 
 from torchtitan_upipe.job.recipe import Stage, Values, named, start_of
 from torchtitan_upipe.job.results import read_results, results_path
+from torchtitan_upipe.job.steps import finished_steps, is_finished
 from torchtitan_upipe.job.write import job_text
 
 FINISHED = "finished.json"  # in a stage's folder, once it has passed its gate
 JOB_FILE = "job.toml"  # as the stage was started the last time
-WHOLE = (".metadata", "model.safetensors", "model.safetensors.index.json")  # what is written last of a checkpoint
 LEARNT = ("model", "training", "optimizer", "lr_scheduler")  # sections that say what a stage has learnt
 HOW = (
     "local_batch_size",
@@ -54,7 +53,7 @@ def next_task(stages: Sequence[Stage]) -> Task | None:
     checkpoints = stage.folder / stage.config.checkpoint.folder
     if not begun and checkpoints.exists():
         shutil.rmtree(checkpoints)
-    if not begun and before is not None and not _is_whole(before.last_checkpoint):
+    if not begun and before is not None and not is_finished(before.last_checkpoint):
         raise ValueError(
             f"{stage.place}: it begins with {before.last_checkpoint}, the last checkpoint of stage {before.name!r}, "
             f"which is gone; bring it back, or remove {before.folder} to train that stage again."
@@ -77,7 +76,7 @@ def finish(stages: Sequence[Stage], index: int) -> bool:
         ValueError: the gate's threshold and what was measured.
     """
     stage = stages[index]
-    if not _is_whole(stage.last_checkpoint):
+    if not is_finished(stage.last_checkpoint):
         return False
     results = [
         read_results(results_path(one.config, one.config.training.steps)) if one.config.evaluation.enable else None
@@ -101,13 +100,7 @@ def finished(stage: Stage) -> bool:
 
 def newest_step(stage: Stage) -> int:
     """The step of its newest whole checkpoint; 0 = there is none."""
-    folders = (stage.folder / stage.config.checkpoint.folder).glob("step-*")
-    steps = (int(m[1]) for f in folders if (m := re.fullmatch(r"step-(\d+)", f.name)) and _is_whole(f))
-    return max(steps, default=0)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return any((checkpoint / name).is_file() for name in WHOLE)
+    return max(finished_steps(stage.folder / stage.config.checkpoint.folder), default=0)
 
 
 def _check_finished(stages: Sequence[Stage]) -> None:

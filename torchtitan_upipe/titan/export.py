@@ -21,7 +21,8 @@ from torchtitan_upipe.job.model import job_rope
 from torchtitan_upipe.job.pretrained import CONFIG, Pretrained, PretrainedArgs, read_config
 from torchtitan_upipe.job.shape import model_shape
 from torchtitan_upipe.titan.adapter import AnyDegreeLlama3Adapter
-from torchtitan_upipe.titan.checkpoint import check_weights, read_metadata
+from torchtitan_upipe.titan.checkpoint import check_weights, read_metadata, refuse_unfinished
+from torchtitan_upipe.titan.checkpoint_files import verify
 from torchtitan_upipe.titan.pretrained import Llama, PretrainedLlamaArgs, PretrainedQwenArgs
 
 
@@ -71,8 +72,10 @@ def export_checkpoint(
         limit: bytes of a file.
 
     Raises:
-        ValueError: the checkpoint is not whole, or of another model.
+        ValueError: the checkpoint is not whole, damaged, or of another model.
     """
+    refuse_unfinished(str(checkpoint))
+    verify(checkpoint)
     saved = read_metadata(str(checkpoint))
     args, model_cls, adapter = _parts(files.model)
     with torch.device("meta"):

@@ -68,6 +68,7 @@ class Trainer(torchtitan.train.Trainer):
         """TorchTitan's loop, and a line with what came of it."""
         began = time.monotonic()
         super().train()
+        self.checkpointer.wait()
         if dist.get_rank() == 0:
             logger.info(self._closing_line(time.monotonic() - began))
 
