@@ -249,6 +249,7 @@ def shape_of_flavor(name: str, flavor: str, assets: str = "") -> ModelShape:
     )
 
 
+@cache
 def shard_elements(shape: tuple[int, ...], shards: int) -> int:
     """Elements of a weight that a rank holds: FSDP2 cuts the rows, padded."""
     return -(-shape[0] // shards) * prod(shape[1:])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Block:
     """Bytes that are held."""
 
@@ -68,7 +68,8 @@ class Account:
             return block
         self.live[block.category] += block.size
         self._total += block.size
-        self.pass_by(0, {})
+        if self._total > self.moments.get(self._moment, 0):
+            self.pass_by(0, {})
         return block
 
     def pass_by(self, size: int, categories: Mapping[str, int]) -> None:
