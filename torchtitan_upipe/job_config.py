@@ -193,6 +193,20 @@ class ActivationCheckpoint(titan.ActivationCheckpoint):
 
 
 @dataclass
+class Health:
+    """Section ``[health]``: what becomes of a step whose loss or gradient norm is not finite (docs/running.md).
+
+    It is seen on all ranks before the optimizer steps. The step's documents go to a file below `job.dump_folder`.
+    """
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """"stop" ends the job with a sentence; "skip" drops the step's gradients, says so, and goes on."""
+
+    max_skipped: int = 3
+    """"skip": steps in a row that may be dropped; one more ends the job."""
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
@@ -201,3 +215,4 @@ class JobConfig:
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    health: Health = field(default_factory=Health)
