@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -25,7 +26,11 @@ PHASES = ("start", "data", "forward", "second run", "backward", "optimizer", "sa
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, once: where, and ``kind``, one of the methods below or a signal's name."""
+    """What goes wrong, where.
+
+    ``kind`` is the name of a signal, "error", "memory", "pause", or on tensors of "forward" and "backward" "nan" (from
+    ``step`` on, again and again) and "flip" (once).
+    """
 
     kind: str
     rank: int
@@ -46,8 +51,13 @@ class Fault:
             raise AssertionError(self.kind)
 
 
-def spoil(tensor: torch.Tensor) -> torch.Tensor:
-    """The same with one number that is none."""
+def spoil(module: Any, tensor: torch.Tensor) -> torch.Tensor | None:
+    """The same with one number that is none; None where ``tensor`` stands for rows in host memory, spoilt there."""
+    hidden = getattr(module, "hidden", None)
+    if hidden is not None:
+        rows = hidden.of(tensor)
+        rows.write(slice(0, 1), tensor.new_full((*rows.shape[:1], 1, *rows.shape[2:]), torch.nan))
+        return None
     spoilt = tensor.clone()
     spoilt.flatten()[0] = torch.nan
     return spoilt
@@ -68,17 +78,19 @@ def inject(fault: Fault) -> Any:
 
 
 def arm(trainer: Any, fault: Fault) -> None:
-    """Let ``fault`` strike the first time that ``trainer`` comes by its phase in its step."""
-    struck = []
+    """Let ``fault`` strike the first time that ``trainer`` comes by its phase in its step; "nan" from then on."""
+    struck: list[bool] = []
 
     def here(strike: Callable[[], Any]) -> Any:
-        if trainer.step != fault.step or struck:
+        if trainer.step < fault.step or (struck and fault.kind != "nan"):
             return None
         struck.append(True)
         return strike()
 
-    blocks = list(trainer.model_parts[0].layers.values())
-    inner = getattr(blocks[1], "_checkpoint_wrapped_module", blocks[1])
+    def on_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
+        return here(lambda: spoil(block, tensor) if fault.kind in ("nan", "flip") else fault.strike())
+
+    block = list(trainer.model_parts[0].layers.values())[1]
     if fault.phase == "start":
         fault.strike()
     elif fault.phase == "data":
@@ -90,20 +102,19 @@ def arm(trainer: Any, fault: Fault) -> None:
                 yield batch
 
         trainer.batch_generator = drawn
-    elif fault.phase == "forward" and fault.kind == "nan":
-        blocks[1].register_forward_hook(lambda _m, _a, output: here(lambda: spoil(output)))
     elif fault.phase == "forward":
-        blocks[1].register_forward_hook(lambda *_: here(fault.strike))
+        block.register_forward_hook(lambda _m, _a, output: on_tensor(output))
     elif fault.phase == "second run":
-        runs = []
-        inner.register_forward_pre_hook(
-            lambda *_: runs.append(trainer.step) or (runs.count(fault.step) == 2 and here(fault.strike)) or None
-        )
+        runs = itertools.count()  # odd ones are second runs
+        run_twice = block._checkpoint_wrapped_module
+        run_twice.register_forward_pre_hook(lambda *_: here(fault.strike) if next(runs) % 2 else None)
     elif fault.phase == "backward":
-        spoilt = (lambda grad: here(lambda: spoil(grad))) if fault.kind == "nan" else (lambda _: here(fault.strike))
-        blocks[1].register_forward_hook(
-            lambda _m, _a, output: output.register_hook(spoilt) and None if output.requires_grad else None
-        )
+
+        def watch(_m: object, _a: object, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(on_tensor)
+
+        block.register_forward_hook(watch)
     elif fault.phase == "optimizer":
         next(iter(trainer.optimizers)).register_step_pre_hook(lambda *_: here(fault.strike))
     elif fault.phase == "save":
@@ -121,4 +132,6 @@ def run_with_faults(rendezvous: Path, jobs: list[tuple[list[str], Fault | None]]
         _torchrun_environment(rank, size, rendezvous / str(number))
         with inject(fault) if fault else nullcontext():
             results.append(last_words(args))
+        if dist.is_initialized():  # after a failure
+            dist.destroy_process_group()
     return results

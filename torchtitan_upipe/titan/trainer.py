@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Trainer(torchtitan.train.Trainer):
                 super().train_step(step.noting(data_iterator))
         except StepSkippedError as skipped:
             self.lr_schedulers.step()
-            logger.warning(str(skipped))
+            if dist.get_rank() == 0:
+                logger.warning(str(skipped))
         self._before = None
 
     def _end_early(self, reason: str) -> str:
