@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import subprocess
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -135,3 +137,43 @@ def run_with_faults(rendezvous: Path, jobs: list[tuple[list[str], Fault | None]]
         if dist.is_initialized():  # after a failure
             dist.destroy_process_group()
     return results
+
+
+def run_apart(folder: Path, jobs: list[tuple[list[str], Fault | None]]) -> list[tuple[int, float, str]]:
+    """Each job in a process of its own, with what torchrun does about failures: the other ranks get ``SIGTERM``.
+
+    Returns:
+        Of this rank: exit code (negative: the signal that ended it), seconds, what it printed to standard error.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    endings = []
+    for number, (args, fault) in enumerate(jobs):
+        place = folder / str(number)
+        place.mkdir(exist_ok=True)
+        _torchrun_environment(rank, size, place / "store")
+        began = time.monotonic()
+        process = os.fork()
+        if process == 0:
+            os.dup2(os.open(place / f"errors-{rank}", os.O_CREAT | os.O_WRONLY), 2)
+            with inject(fault) if fault else nullcontext():
+                _end_as_a_command(args)
+        (place / f"process-{rank}").write_text(str(process))
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if code != 0:
+            for other in place.glob("process-*"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(other.read_text()), signal.SIGTERM)
+        endings.append((code, time.monotonic() - began, (place / f"errors-{rank}").read_text()))
+    return endings
+
+
+def _end_as_a_command(args: list[str]) -> NoReturn:
+    from torchtitan_upipe.device import leave
+    from torchtitan_upipe.train import main
+
+    try:
+        code = main(args)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from tests.faults import PHASES, Fault, run_with_faults
 from tests.jobs import job_args, read_log
 from tests.ranks import run_ranks
+from tests.test_failures import local, rows
+from torchtitan_upipe.titan.stop import Stop, Stopped
 
 JOB: dict[str, Any] = {
     "checkpoint__enable": True,
@@ -32,11 +39,68 @@ def test_stopped_in_every_phase_and_resumed(tmp_path: Path) -> None:
         Fault(kinds[number % 2], number // 2 % 2, 5 if phase == "save" else 2, phase)
         for number, phase in enumerate(PHASES)
     ]
-    args = job_args(broken, 2, **JOB)
-    jobs = [(job_args(unbroken, 2, **JOB), None), *((args, fault) for fault in faults), (args, None)]
+    options = {**JOB, **local(tmp_path / "x.jsonl", rows(40))}
+    args = job_args(broken, 2, **options)
+    jobs = [(job_args(unbroken, 2, **options), None), *((args, fault) for fault in faults), (args, None)]
     for results in run_ranks(run_with_faults, 2, tmp_path, jobs, init=False):
         assert results == [(0, "")] * len(jobs)
     whole, pieces = read_log(unbroken), read_log(broken)
     assert len(whole.loss) == 6
     assert (pieces.loss, pieces.grad_norm) == (whole.loss, whole.grad_norm)
     assert steps_saved(broken) == {"step-1", "step-2", "step-5", "step-6"}  # of step 1 five times, the rest once
+
+
+def test_without_checkpoints_a_stopped_job_says_that_nothing_was_saved(tmp_path: Path) -> None:
+    """Hidden states on the host, whose blocks are no modules of TorchTitan's."""
+    options = {
+        **{f"context_parallel__{k}": v for k, v in {"hidden_states": "host", "stash": "host", "tile_size": 16}.items()},
+        **JOB,
+        **local(tmp_path / "x.jsonl", rows(40)),
+        "checkpoint__enable": False,
+    }
+    jobs = [(job_args(tmp_path, 2, **options), Fault("SIGTERM", 1, 2, phase)) for phase in ("forward", "backward")]
+    for results in run_ranks(run_with_faults, 2, tmp_path, jobs, init=False):
+        assert results == [(0, "")] * 2
+    assert len(read_log(tmp_path).loss) == 1
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def pass_boundaries(number: int, signals: dict[int, int], patience: float) -> str:
+    """Pass ``number`` boundaries, each rank in its own time and bound to no other; where and why it stopped."""
+    rank = dist.get_rank()
+    with Stop() as stop:
+        if patience:
+            stop.watch(patience)
+        for passed in range(number):
+            time.sleep((rank + 1) * 1e-3)
+            if signals.get(rank) == passed:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            try:
+                stop.boundary()
+            except Stopped as stopped:
+                return f"{passed}: {stopped}"
+            except TimeoutError as error:
+                return str(error)
+        time.sleep(0 if patience else 4)
+    return "to the end"
+
+
+def test_ranks_that_do_not_wait_for_each_other_stop_at_the_same_boundary() -> None:
+    """The fastest is ahead by hundreds when the slowest is asked; two ranks are asked at about the same time."""
+    stopped = run_ranks(pass_boundaries, 3, 4000, {2: 100, 1: 150}, 20.0)
+    assert len(set(stopped)) == 1
+    assert "SIGUSR1 on rank" in stopped[0]
+
+
+def test_a_rank_that_is_through_holds_nobody_up() -> None:
+    """It has passed its last boundary; nobody stops short of theirs."""
+    assert run_ranks(pass_boundaries, 2, 30, {1: 29}, 20.0) == ["to the end"] * 2
+
+
+def test_a_rank_that_never_answers_is_waited_for_in_vain() -> None:
+    first, _ = run_ranks(one_listens, 2)
+    assert first == "not all ranks answered after SIGUSR1 on rank 0"
+
+
+def one_listens() -> str:
+    return pass_boundaries(1000, {0: 0}, 2.0 if dist.get_rank() == 0 else 0)

@@ -15,8 +15,8 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOK = 1.0  # seconds between two looks at the store
+SHORTLY = 0.05  # the same, once a rank has been asked
 REASON, FAILED = "stop/reason", "stop/failed"
 
 
@@ -128,16 +129,14 @@ class Stop:
         self._reason = self._store.get(REASON).decode()
         self._put_down()
         ranks = [_next_of(rank) for rank in range(self._size)]
-        for looks_left in reversed(range(max(int(patience / LOOK), 1))):
+        patient_until = time.monotonic() + patience
+        while not self._store.check(ranks):
             if self._store.check([FAILED]):  # and this rank is being ended for it
                 os._exit(1)
-            try:
-                self._store.wait(ranks, timedelta(seconds=LOOK))
-                break
-            except RuntimeError as error:  # of torch's, for time that ran out
-                if not looks_left:
-                    self._failure = error
-                    return
+            if time.monotonic() > patient_until:
+                self._failure = RuntimeError(f"waited for {patience:.0f} s")
+                return
+            time.sleep(SHORTLY)
         self._stop_at = max(int(number) for number in self._store.multi_get(ranks))
 
 
