@@ -30,8 +30,8 @@ PHASES = ("start", "data", "forward", "second run", "backward", "optimizer", "sa
 class Fault:
     """What goes wrong, where.
 
-    ``kind`` is the name of a signal, "error", "memory", "pause", or on tensors of "forward" and "backward" "nan" (from
-    ``step`` on, again and again) and "flip" (once).
+    ``kind`` is the name of a signal, "error", "memory", "pause", "slow" (from ``step`` on, again and again), or on
+    tensors of "forward" and "backward" "nan" (from ``step`` on) and "flip" (once).
     """
 
     kind: str
@@ -49,6 +49,8 @@ class Fault:
         elif self.kind == "pause":
             subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.kind == "slow":
+            time.sleep(0.1)
         else:
             raise AssertionError(self.kind)
 
@@ -80,11 +82,11 @@ def inject(fault: Fault) -> Any:
 
 
 def arm(trainer: Any, fault: Fault) -> None:
-    """Let ``fault`` strike the first time that ``trainer`` comes by its phase in its step; "nan" from then on."""
+    """Let ``fault`` strike when ``trainer`` first comes by its phase in its step; "nan" and "slow" from then on."""
     struck: list[bool] = []
 
     def here(strike: Callable[[], Any]) -> Any:
-        if trainer.step < fault.step or (struck and fault.kind != "nan"):
+        if trainer.step < fault.step or (struck and fault.kind not in ("nan", "slow")):
             return None
         struck.append(True)
         return strike()

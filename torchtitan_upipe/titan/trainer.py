@@ -26,6 +26,7 @@ from torchtitan_upipe.titan.dims import TrainerDims
 from torchtitan_upipe.titan.export import model_files
 from torchtitan_upipe.titan.health import Batch, Health, StepSkippedError, StepUnderWay, judged_norm
 from torchtitan_upipe.titan.healthy_checkpoint import HealthyCheckpoints
+from torchtitan_upipe.titan.metrics import Metrics
 from torchtitan_upipe.titan.settings import choose_settings
 from torchtitan_upipe.titan.stop import Stop, Stopped, mark_boundaries
 from torchtitan_upipe.titan.tiled import summed_loss
@@ -52,6 +53,8 @@ class Trainer(torchtitan.train.Trainer):
         self._under_way = StepUnderWay(0)
         self._before: dict[str, Any] | None = None  # the data's state at the begin of the step under way
         self._health = self._new_health()
+        if isinstance(self.metrics_processor, Metrics):  # of the plugin's own specs
+            self.metrics_processor.waiting.attach(self.model_parts[0])
         self.checkpointer.model_files = model_files(job_config, self.model_args)
         method = job_config.context_parallel.method
         attached = any(isinstance(m, ContextParallelAttention) for part in self.model_parts for m in part.modules())
