@@ -50,7 +50,7 @@ class Fault:
             subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self.kind == "slow":
-            time.sleep(0.1)
+            time.sleep(0.5)
         else:
             raise AssertionError(self.kind)
 
@@ -108,6 +108,8 @@ def arm(trainer: Any, fault: Fault) -> None:
         trainer.batch_generator = drawn
     elif fault.phase == "forward":
         block.register_forward_hook(lambda _m, _a, output: on_tensor(output))
+    elif fault.phase == "attention":
+        block.attention.register_forward_pre_hook(lambda *_: here(fault.strike))
     elif fault.phase == "second run":
         runs = itertools.count()  # odd ones are second runs
         run_twice = block._checkpoint_wrapped_module

@@ -73,7 +73,7 @@ def test_progress_and_the_slowest_rank(tmp_path: Path) -> None:
         "context_parallel__head_chunk": 4,
     }
     run_ranks(
-        run_with_console, 2, tmp_path, job_args(tmp_path, 2, **options), Fault("slow", 1, 1, "forward"), init=False
+        run_with_console, 2, tmp_path, job_args(tmp_path, 2, **options), Fault("slow", 1, 1, "attention"), init=False
     )
     console = (tmp_path / "console-0").read_text()
     line = r"step \d/5  loss [\d.]+  grad_norm [\d.]+  [\d.]+ s/step  [\d,]+ tokens/s  memory [\d.]+ GiB \(\d+%\)  "
