@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from tests.faults import PHASES, Fault, run_with_faults
-from tests.jobs import job_args, read_log
+from tests.jobs import ROOT, job_args, read_log
 from tests.ranks import run_ranks
 from tests.test_failures import local, rows
 from torchtitan_upipe.titan.stop import Stop, Stopped
@@ -104,3 +106,26 @@ def test_a_rank_that_never_answers_is_waited_for_in_vain() -> None:
 
 def one_listens() -> str:
     return pass_boundaries(1000, {0: 0}, 2.0 if dist.get_rank() == 0 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_signal_to_the_launch_script_ends_the_job_well(name: str, tmp_path: Path) -> None:
+    args = job_args(tmp_path, 2, **{**JOB, "training__steps": 10000})
+    del args[args.index("--job.config_file") : args.index("--job.config_file") + 2]
+    process = subprocess.Popen(
+        ["bash", "scripts/launch.sh", "train_configs/llama3_debug.toml", *args],
+        cwd=ROOT,
+        env={**os.environ, "NGPU": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/10000" in line:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            break
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Stopped after SIGUSR1 on rank" in output

@@ -85,7 +85,7 @@ class RankState:
 def of_all_ranks(state: RankState) -> list[RankState]:
     """The states of all ranks; a collective."""
     mine = torch.tensor(astuple(state), dtype=torch.float64, device=device_type)
-    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    everyones = [mine.clone() for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, mine)
     return [RankState(*values) for values in torch.stack(everyones).tolist()]
 

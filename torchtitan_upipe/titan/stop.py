@@ -25,6 +25,7 @@ from torch import Tensor, nn
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOK = 1.0  # seconds between two looks at the store
 SHORTLY = 0.05  # the same, once a rank has been asked
+GRACE = 10.0  # seconds that a rank has to end by itself where not all have answered
 REASON, FAILED = "stop/reason", "stop/failed"
 
 
@@ -49,6 +50,7 @@ class Stop:
         self._store: Any = None
         self._rank = self._size = 0
         self._failed = False
+        self._closed = threading.Event()
         self._signals, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -95,6 +97,7 @@ class Stop:
             failed: it ends by an error. Ranks that are asked to end then do so at once.
         """
         self._failed = failed
+        self._closed.set()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -134,10 +137,17 @@ class Stop:
             if self._store.check([FAILED]):  # and this rank is being ended for it
                 os._exit(1)
             if time.monotonic() > patient_until:
-                self._failure = RuntimeError(f"waited for {patience:.0f} s")
+                self._give_up(RuntimeError(f"waited for {patience:.0f} s"))
                 return
             time.sleep(SHORTLY)
         self._stop_at = max(int(number) for number in self._store.multi_get(ranks))
+
+    def _give_up(self, error: Exception) -> None:
+        """Let the main thread raise, or end a process whose main thread waits for a rank that has gone."""
+        self._failure = error
+        self._agreed.set()
+        if not self._closed.wait(GRACE):
+            os._exit(1)
 
 
 def _next_of(rank: int) -> str:
