@@ -42,6 +42,8 @@ class Fault:
     def strike(self, *_: object) -> None:
         if self.kind.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.kind))
+            if self.phase == "save":
+                time.sleep(1.5)  # all ranks have agreed meanwhile: on the begin of the next step
         elif self.kind == "error":
             raise RuntimeError("a collective of this rank fails")
         elif self.kind == "memory":

@@ -67,6 +67,40 @@ def test_without_checkpoints_a_stopped_job_says_that_nothing_was_saved(tmp_path:
     assert not (tmp_path / "checkpoint").exists()
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "replicas": {"parallelism__context_parallel_degree": 1, "parallelism__data_parallel_replicate_degree": 2},
+    "fpdt": {"context_parallel__method": "fpdt", "context_parallel__sequence_chunk": 32},
+    "ring": {"context_parallel__method": "ring"},
+    "no checkpointing": {"activation_checkpoint__mode": "none", "context_parallel__method": "ulysses"},
+    "offload": {"activation_checkpoint__offload": True, "context_parallel__stash": "host"},
+    "hidden": {
+        "context_parallel__hidden_states": "host",
+        "context_parallel__stash": "host",
+        "context_parallel__tile_size": 16,
+    },
+    "worker": {"training__dataloader__num_workers": 1, "checkpoint__async_mode": "async"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stopped_under_other_layouts(layout: str, tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    options = {**JOB, **local(tmp_path / "x.jsonl", rows(40)), "context_parallel__head_chunk": 0, **LAYOUTS[layout]}
+    args = job_args(broken, 2, **options)
+    jobs: list[tuple[list[str], Fault | None]] = [
+        (job_args(unbroken, 2, **options), None),
+        (args, Fault("SIGUSR1", 1, 2, "forward")),
+        (args, Fault("SIGTERM", 0, 3, "backward")),
+        (args, None),
+    ]
+    for results in run_ranks(run_with_faults, 2, tmp_path, jobs, init=False):
+        assert results == [(0, "")] * len(jobs)
+    whole, pieces = read_log(unbroken), read_log(broken)
+    assert (pieces.loss, pieces.grad_norm) == (whole.loss, whole.grad_norm)
+    assert len(whole.loss) == 6
+
+
 def pass_boundaries(number: int, signals: dict[int, int], patience: float) -> str:
     """Pass ``number`` boundaries, each rank in its own time and bound to no other; where and why it stopped."""
     rank = dist.get_rank()

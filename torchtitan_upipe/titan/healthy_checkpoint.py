@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -44,9 +45,11 @@ class HealthyCheckpoints(Checkpoints):
         Raises:
             ValueError: what was loaded is not finite.
         """
+        resumes = self.enable and Path(self.folder).exists()  # else another job's weights are loaded
         loaded = super().load(step)
         if loaded:
             self._refuse_nonfinite("what this job was to start from is damaged", "name an earlier checkpoint.load_step")
+        if loaded and resumes:
             self._on_disk = self.states["train_state"].step
         return loaded
 

@@ -51,7 +51,7 @@ class Trainer(torchtitan.train.Trainer):
         with _own_checkpoints():
             super().__init__(job_config)
         self._under_way = StepUnderWay(0)
-        self._before: dict[str, Any] | None = None  # the data's state at the begin of the step under way
+        self._before: dict[str, Any] | None = None  # what a step under way changes that is no weight, before it
         self._health = self._new_health()
         if isinstance(self.metrics_processor, Metrics):  # of the plugin's own specs
             self.metrics_processor.waiting.attach(self.model_parts[0])
@@ -85,11 +85,11 @@ class Trainer(torchtitan.train.Trainer):
         Raises:
             ValueError: the loss or the gradient norm is not finite, and the job says to end then.
         """
-        if self.stop is not None:
-            self.stop.boundary()
         self._before = {"ntokens_seen": self.ntokens_seen}
         if self.checkpointer.saves:
             self._before["data"] = self.dataloader.state_dict()
+        if self.stop is not None:
+            self.stop.boundary()
         self._under_way = step = StepUnderWay(self.step)
         try:
             with judged_norm(partial(self._health.judge, step)):
