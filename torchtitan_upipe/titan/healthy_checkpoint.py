@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,17 @@ from torchtitan_upipe.titan.checkpoint import Checkpoints
 from torchtitan_upipe.titan.health import first_of_all_ranks, nonfinite
 
 
-@dataclass
+@dataclass(frozen=True)
 class Position:
-    """What stands in the place of the data loader where a checkpoint is of an earlier moment."""
+    """Stands in the place of the data loader in a checkpoint of an earlier moment.
 
-    state: dict[str, Any]
+    Attributes:
+        state_dict: makes the loader's state of that moment.
+        load_state_dict: the loader's; asked for by torch, and not called.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's, of that moment."""
-        return self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
-        self.state = state_dict
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[dict[str, Any]], None]
 
 
 class HealthyCheckpoints(Checkpoints):
@@ -66,12 +64,12 @@ class HealthyCheckpoints(Checkpoints):
             self._on_disk = curr_step
         super().save(curr_step, last_step)
 
-    def save_now(self, step: int, data: dict[str, Any] | None) -> str:
+    def save_now(self, step: int, data: Callable[[], dict[str, Any]] | None) -> str:
         """Save ``step``, whatever the interval, and wait until it is on disk.
 
         Args:
             step: the last one finished.
-            data: the data loader's state when that had finished; None if it still has it.
+            data: makes the data loader's state when that had finished; None if the loader still has it.
 
         Returns:
             Half a sentence: what was saved, where.
@@ -84,7 +82,7 @@ class HealthyCheckpoints(Checkpoints):
         if step != self._on_disk:
             self.async_mode, self.save_future, self.interval = AsyncMode.DISABLED, None, 1
             if data is not None:
-                self.states[DATALOADER] = Position(data)
+                self.states[DATALOADER] = Position(data, self.states[DATALOADER].load_state_dict)
             self.save(step)
         return f"it is saved in {self._create_checkpoint_id(step)}, from which the same command goes on"
 

@@ -22,6 +22,7 @@ from torchtitan.tools.utils import device_type
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
+from torchtitan_upipe.titan.datasets import Dataloader
 from torchtitan_upipe.titan.dims import TrainerDims
 from torchtitan_upipe.titan.export import model_files
 from torchtitan_upipe.titan.health import Batch, Health, StepSkippedError, StepUnderWay, judged_norm
@@ -87,7 +88,9 @@ class Trainer(torchtitan.train.Trainer):
         """
         self._before = {"ntokens_seen": self.ntokens_seen}
         if self.checkpointer.saves:
-            self._before["data"] = self.dataloader.state_dict()
+            loader = self.dataloader
+            mine = isinstance(loader, Dataloader)  # else of another module's train spec
+            self._before["data"] = loader.position() if mine else partial(dict, loader.state_dict())
         if self.stop is not None:
             self.stop.boundary()
         self._under_way = step = StepUnderWay(self.step)
