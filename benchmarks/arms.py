@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchtitan_upipe.job.shape import HIDDEN_ON_HOST
+from torchtitan_upipe.job_config import ContextParallel
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 CHUNKED = "upipe"  # the method that takes a head chunk
-HYBRID = ("upipe", "ulysses")  # the methods that a job's ring_degree applies to
+OF_METHODS = {  # fields of [context_parallel] that only some methods have, and their value for all others
+    "ring_degree": (("upipe", "ulysses"), 1),
+    "query_tiles": (("upipe",), ContextParallel.query_tiles),
+    "sequence_chunk": (("fpdt",), ContextParallel.sequence_chunk),
+    "hidden_states": (HIDDEN_ON_HOST, ContextParallel.hidden_states),
+}
 SET_BY_SWEEP = (
     "context_parallel.method",
     "context_parallel.head_chunk",
@@ -64,8 +72,11 @@ class Arm:
             "context_parallel.head_chunk": str(self.head_chunk),
             "training.seq_len": str(self.seq_len),
         }
-        if self.method not in HYBRID:
-            values["context_parallel.ring_degree"] = "1"
+        values |= {
+            f"{SECTION}.{name}": str(value)
+            for name, (methods, value) in OF_METHODS.items()
+            if self.method not in methods
+        }
         values |= {full_name(name): value for name, _, value in (word.partition("=") for word in self.fields.split())}
         return [word for name, value in values.items() for word in _option(name, value)]
 

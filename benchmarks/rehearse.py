@@ -203,7 +203,8 @@ def rehearse(arguments: Sequence[str], rank: int, world_size: int, layers: int, 
     config = read_job([*TEXT, *arguments])
     predicted_full = _predicted(config)
     full_layers = with_layers(config, layers)
-    config.checkpoint.enable = config.validation.enable = config.metrics.enable_tensorboard = False
+    config.checkpoint.enable = config.validation.enable = config.evaluation.enable = False
+    config.metrics.enable_tensorboard = False
     join_alone(rank, world_size)
     try:
         with tempfile.TemporaryDirectory() as folder:

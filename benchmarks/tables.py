@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.arms import Arm, spell_length
 from benchmarks.results import GIB, ArmResult
@@ -16,6 +17,23 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     columns = list(header)
     lines = [columns, ["---"] * len(columns), *map(list, rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_between(page: Path, command: str, tables: str) -> None:
+    """Put what a command makes between its two marks in a page.
+
+    Args:
+        command: as in ``python -m``.
+
+    Raises:
+        ValueError: the page has not the marks.
+    """
+    begin, end = f"<!-- tables of python -m {command} -->", "<!-- end of the tables -->"
+    before, mark, rest = page.read_text().partition(begin)
+    _, closing, after = rest.partition(end)
+    if not mark or not closing:
+        raise ValueError(f"{page} has not the marks {begin} and {end}.")
+    page.write_text(f"{before}{begin}\n\n{tables}\n{end}{after}")
 
 
 def over_context(names: Iterable[str], lengths: Sequence[int], cell: Callable[[str, int], str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from benchmarks.arms import spell_length
 from benchmarks.report import Published, read_paper
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, write_between
 from torchtitan_upipe.data.sharding import degrees
 from torchtitan_upipe.job.shape import JobShape, shape_of_flavor
 from torchtitan_upipe.memory.rates import FITTED, Fit, rates_of
@@ -25,7 +25,6 @@ from torchtitan_upipe.memory.step_time import ATTENTION, PRODUCTS, Machine, Step
 
 MODELS = {"Llama3-8B": ("llama3_upipe", "8B", 8), "Qwen3-32B": ("qwen3_upipe", "32B", 16)}  # and ranks
 METHODS = ("ulysses", "upipe", "ring", "fpdt")
-BEGIN, END = "<!-- tables of python -m benchmarks.times -->", "<!-- end of the tables -->"
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     fit = fit_of(cell for cell in published_cells() if cell.fitted)
     print(f"fitted: attention {fit.attention:.4f}, products {fit.products:.4f}, step {fit.step_seconds:.4f} s")
-    if options.page is None:
-        print(tables(fit))
-        return 0
-    text = options.page.read_text()
-    if BEGIN not in text or END not in text:
-        print(f"ValueError: {options.page} has not the marks {BEGIN} and {END}.", file=sys.stderr)
+    try:
+        print(tables(fit)) if options.page is None else write_between(options.page, "benchmarks.times", tables(fit))
+    except ValueError as error:
+        print(f"ValueError: {error}", file=sys.stderr)
         return 1
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    options.page.write_text(f"{before}{BEGIN}\n\n{tables(fit)}\n{END}{after}")
     return 0
 
 

@@ -74,17 +74,19 @@ def run_main(args: list[str]) -> int:
 
 
 def read_log(folder: Path) -> Log:
-    """The scalars of the newest TensorBoard run below ``folder``, in step order."""
-    values: dict[str, dict[int, float]] = {}
+    """What the trainer of ``folder`` logged."""
+    names = ("loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss")
+    return Log(*(read_scalars(folder, name) for name in names))
+
+
+def read_scalars(folder: Path, name: str) -> list[float]:
+    """A scalar of the TensorBoard runs below ``folder``, in step order, the newest of a step."""
+    values: dict[int, float] = {}
     for run in sorted(folder.glob("tb/*/events*"), key=lambda p: p.stat().st_mtime_ns):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            values.setdefault(tag, {}).update((e.step, e.value) for e in events.Scalars(tag))
-
-    def series(tag: str) -> list[float]:
-        return [value for _, value in sorted(values.get(tag, {}).items())]
-
-    return Log(series("loss_metrics/global_avg_loss"), series("grad_norm"), series("validation_metrics/loss"))
+        if name in events.Tags()["scalars"]:
+            values.update((event.step, event.value) for event in events.Scalars(name))
+    return [value for _, value in sorted(values.items())]
 
 
 def seed_checkpoint(folder: Path, **options: object) -> Path:

@@ -162,18 +162,49 @@ def short_layer_peaks() -> str:
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one run.
+
+    Attributes:
+        wall: until the slowest rank was done.
+        processor: of this rank's threads, which other work on the machine moves less.
+    """
+
+    wall: float
+    processor: float
+
+
 @contextmanager
-def timed(seconds: list[float]) -> Iterator[None]:
-    """Append the time of the slowest rank."""
+def timed(spent: list[Spent]) -> Iterator[None]:
+    """Append what a run took, between two meetings of all ranks."""
     dist.barrier()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     yield
+    processor = time.process_time() - processor
     dist.barrier()
-    seconds.append(time.perf_counter() - start)
+    spent.append(Spent(time.perf_counter() - start, processor))
 
 
-def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> list[list[float]]:
-    """Seconds of one layer's forward and backward, arm after arm, ``rounds`` times."""
+def over_ranks(ranks: list[list[list[Spent]]]) -> list[tuple[float, float]]:
+    """Median of each arm: seconds, and processor seconds of all ranks; the first round warms up."""
+    arms = zip(*ranks, strict=True)
+    return [
+        (
+            median(spent.wall for spent in arm[0][1:]),
+            median(sum(spent.processor for spent in run) for run in list(zip(*arm, strict=True))[1:]),
+        )
+        for arm in arms
+    ]
+
+
+def ratio(times: tuple[float, float], first: tuple[float, float]) -> str:
+    """Both times over those of ``first``, processor time in brackets."""
+    return f"{times[0] / first[0]:.3f}x ({times[1] / first[1]:.3f}x)"
+
+
+def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> list[list[Spent]]:
+    """What this rank spent on one layer's forward and backward, arm after arm, ``rounds`` times."""
     rank, degree = dist.get_rank(), dist.get_world_size()
     heads, kv_heads, width, dim = 8, 2, 64, 512
     gen = torch.Generator().manual_seed(0)
@@ -185,9 +216,9 @@ def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> li
     )
     positions = torch.arange(length)[None].chunk(degree, dim=1)[rank]
     transform = NormThenRope(Rope(torch.rand(width // 2, dtype=torch.float64), positions, interleaved=True), 1e-6)
-    seconds: list[list[float]] = [[] for _ in arms]
+    spent: list[list[Spent]] = [[] for _ in arms]
     for _ in range(rounds):
-        for (method, chunk, tiles), found in zip(arms, seconds, strict=True):
+        for (method, chunk, tiles), found in zip(arms, spent, strict=True):
             layer = build_method(
                 method,
                 num_heads=heads,
@@ -201,50 +232,80 @@ def step_times(length: int, arms: list[tuple[str, int, int]], rounds: int) -> li
             )
             with timed(found):
                 layer(x.requires_grad_(), weights, transform, width).backward(dy)
-    return seconds
+    return spent
 
 
 def times() -> str:
-    """UPipe's time over Ulysses'."""
-    arms = [("ulysses", 0, 1), ("upipe", 2, 1), ("upipe", 2, 4), ("upipe", 1, 1)]
+    """UPipe's and FPDT's time over Ulysses'."""
     rows = []
-    for length, rounds in ((8192, 9), (16384, 5)):
-        seconds = run_ranks(step_times, 2, length, arms, rounds, timeout=1200)[0]
-        first, *others = [median(found[1:]) for found in seconds]
-        rows.append((length, f"{first:.2f} s", *(f"{other / first:.3f}x" for other in others)))
+    for degree, length, rounds in ((4, 2048, 41), (4, 4096, 25), (2, 8192, 9), (2, 16384, 5)):
+        chunks = [(degree, 1), (degree, 4), (degree // 2, 1)]
+        arms = [("ulysses", 0, 1), *(("upipe", chunk, tiles) for chunk, tiles in chunks)]
+        first, *others = over_ranks(run_ranks(step_times, degree, length, arms, rounds, timeout=1200))
+        rows.append(
+            (degree, length, f"{first[0]:.2f} s ({first[1]:.2f} s)", *(ratio(other, first) for other in others))
+        )
     columns = ("Ulysses", "UPipe, U = C", "UPipe, U = C, 4 query tiles", "UPipe, U = C/2 (two ranks share a head)")
-    return table(("S", *columns), rows)
+    return table(("ranks", "S", *columns), rows)
 
 
-def steps_rank(args: list[str]) -> float:
-    """Seconds of a training run of three steps, of which the first one counts as warm-up."""
+def steps_rank(args: list[str]) -> tuple[float, float]:
+    """Seconds, and processor seconds, of a training run of three steps, of which the first one counts as warm-up."""
     from torchtitan_upipe.job.read import read_job
     from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
-    stamps: list[float] = []
+    stamps: list[tuple[float, float]] = []
     step = trainer.train_step
 
     def stamped(*arguments: object) -> None:
         step(*arguments)  # type: ignore[arg-type]
-        stamps.append(time.perf_counter())
+        stamps.append((time.perf_counter(), time.process_time()))
 
     trainer.train_step = stamped  # type: ignore[method-assign]
     trainer.train()
     trainer.close()
-    return stamps[-1] - stamps[0]
+    return stamps[-1][0] - stamps[0][0], stamps[-1][1] - stamps[0][1]
+
+
+def training_times(arms: list[dict[str, object]], rounds: int) -> list[tuple[float, float]]:
+    """Median seconds, and processor seconds of both ranks, of a step over 16K tokens: arms in turn."""
+    found: list[list[tuple[float, float]]] = [[] for _ in arms]
+    for _ in range(rounds):
+        for options, times in zip(arms, found, strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                chunk = {"context_parallel__head_chunk": 2, "activation_checkpoint__mode": "full", "training__steps": 3}
+                args = job_args(Path(folder), 2, training__seq_len=16384, **chunk, **options)
+                ranks = run_ranks(steps_rank, 2, args, init=False, timeout=900)
+                times.append((max(wall for wall, _ in ranks) / 2, sum(processor for _, processor in ranks) / 2))
+    return [(median(wall for wall, _ in times), median(processor for _, processor in times)) for times in found]
+
+
+def hidden_times() -> str:
+    """Training steps with hidden states on the device and in host memory."""
+    names = ("device", "host")
+    arms: list[dict[str, object]] = [
+        {
+            "context_parallel__hidden_states": name,
+            "context_parallel__stash": "host",
+            "context_parallel__tile_size": 2048,
+            "activation_checkpoint__offload": name == "device",  # block inputs are in host memory either way
+        }
+        for name in names
+    ]
+    first, second = training_times(arms, 3)
+    rows = [
+        ("device", f"{first[0]:.2f} s ({first[1]:.2f} s)", ""),
+        ("host", f"{second[0]:.2f} s ({second[1]:.2f} s)", ratio(second, first)),
+    ]
+    return table(("hidden_states", "a step", "host over device"), rows)
 
 
 def checkpointing_times() -> str:
-    """Training steps under full activation checkpointing with and without a stash, arms in turn."""
-    seconds: dict[str, list[float]] = {"none": [], "device": [], "host": []}
-    for stash in seconds:
-        with tempfile.TemporaryDirectory() as folder:
-            options = {"context_parallel__head_chunk": 2, "activation_checkpoint__mode": "full", "training__steps": 3}
-            args = job_args(Path(folder), 2, training__seq_len=16384, context_parallel__stash=stash, **options)
-            seconds[stash].append(max(run_ranks(steps_rank, 2, args, init=False, timeout=900)) / 2)
-    bare = median(seconds["none"])
-    rows = [(stash, f"{median(found):.1f} s", f"{bare / median(found):.2f}x") for stash, found in seconds.items()]
+    """Training steps under full activation checkpointing with and without a stash."""
+    names = ("none", "device", "host")
+    found = training_times([{"context_parallel__stash": name} for name in names], 1)
+    rows = [(name, f"{wall:.1f} s", f"{found[0][0] / wall:.2f}x") for name, (wall, _) in zip(names, found, strict=True)]
     return table(("stash", "a step", "faster than none"), rows)
 
 
@@ -315,8 +376,14 @@ optimizer, all bfloat16, take 59 GiB.
 {whole_steps}
 ## Time of one layer
 
-Forward and backward on 2 ranks (H = 8, G = 2, d = 64, D = 512, float32), arms in turn, medians.
+Forward and backward (H = 8, G = 2, d = 64, D = 512, float32), arms in turn, medians; in brackets processor seconds of
+all ranks, which other work on the machine moves less.
 {times}
+## Time of a training step with hidden states in host memory
+
+2 ranks, S = 16384, `debug_kv2`, float32, U = C = 2, full activation checkpointing, stash and block inputs in host
+memory, tiles of 2048 rows; two timed steps each, arms in turn, medians of three; processor seconds in brackets.
+{hidden_times}
 ## Time of a training step under full activation checkpointing
 
 2 ranks, S = 16384, `debug_kv2`, float32, U = C = 2; two timed steps each.
@@ -326,7 +393,7 @@ Forward and backward on 2 ranks (H = 8, G = 2, d = 64, D = 512, float32), arms i
 def main(path: Path) -> None:
     """Write the whole page."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    parts = (layer_peaks, short_layer_peaks, whole_steps, times, checkpointing_times)
+    parts = (layer_peaks, short_layer_peaks, whole_steps, times, hidden_times, checkpointing_times)
     path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
 
 

@@ -17,7 +17,7 @@ from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
 from torchtitan_upipe.memory.__main__ import main as memory_main
 from torchtitan_upipe.memory.axes import AT_START, candidates, settings_of, sparing
 from torchtitan_upipe.memory.ledger import predict, predict_shape
-from torchtitan_upipe.memory.planner import Budget, Planner, least_bytes
+from torchtitan_upipe.memory.planner import Budget, Planner, least_bytes, least_host_bytes
 from torchtitan_upipe.memory.prediction import GIB
 from torchtitan_upipe.memory.rates import rates_of
 from torchtitan_upipe.memory.remedies import advice, explain_nothing_fits, faster_batch
@@ -85,8 +85,10 @@ def test_less_memory_asks_for_slower_settings(tmp_path: Path) -> None:
 def test_what_the_searches_take_for_granted(tmp_path: Path, method: str) -> None:
     """The bound is one, and no setting needs less than those called sparing."""
     job = replace(shape(tmp_path, method), length=2**17)
-    needed = {candidate: predict_shape(candidate).device_bytes for candidate in candidates(job)}
+    predicted = {candidate: predict_shape(candidate) for candidate in candidates(job)}
+    needed = {candidate: prediction.device_bytes for candidate, prediction in predicted.items()}
     assert all(least_bytes(candidate) <= size for candidate, size in needed.items())
+    assert all(least_host_bytes(candidate) <= found.host_bytes for candidate, found in predicted.items())
     assert min(needed[candidate] for candidate in sparing(job)) == min(needed.values())
 
 
@@ -102,7 +104,7 @@ def test_the_long_job_keeps_its_stash() -> None:
     assert found.time.seconds < own.time.seconds
     ulysses = search.fastest(replace(job, method="ulysses", head_chunk=32))
     assert ulysses is not None
-    assert ulysses.job.state_on_host  # else it does not fit
+    assert ulysses.job.hidden_on_host  # else it does not fit
     more = search.plan(replace(found.job, stash_budget=found.job.stash_budget + found.job.stash_bytes))
     assert not search.budget.holds(more.prediction)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.jobs import ROOT
 
 PACKAGE = ROOT / "torchtitan_upipe"
-COMMANDS = {"train.py", "plan.py", "export.py", "memory/__main__.py", "train_spec.py"}
+COMMANDS = {"train.py", "evaluate.py", "plan.py", "export.py", "memory/__main__.py", "train_spec.py"}
 SIDES = ["dry_run", "titan", "huggingface", "memory", "job", "data"]
 CORE = ["cp", "kernels", "tiled", "stash"]
 FLOOR = ["device.py", "launch.py", "job_config.py", "__init__.py"]  # alone: they use no other file

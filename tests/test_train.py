@@ -370,13 +370,14 @@ def stock_trainer_rank(args: list[str]) -> str:
         ({"training__seq_len": 254}, "seq_len = 254, no multiple of 4, is padded"),
         ({"context_parallel__tile_size": 64}, "tile_size = 64 computes the loss in tiles"),
         ({"training__document_mask": True}, "document_mask = true finds documents"),
+        ({"evaluation__enable": True}, "evaluation.enable = true evaluates"),
         (
             {"context_parallel__settings": "auto", "context_parallel__head_chunk": 0}
             | {"activation_checkpoint__mode": "selective"},
             'settings = "auto" may choose tiles',
         ),
     ],
-    ids=["hybrid", "fpdt", "padding", "tiles", "documents", "auto"],
+    ids=["hybrid", "fpdt", "padding", "tiles", "documents", "evaluation", "auto"],
 )
 def test_the_stock_trainer_refuses_what_it_does_not_do(
     options: dict[str, object], sentence: str, tmp_path: Path

@@ -207,6 +207,72 @@ class Health:
 
 
 @dataclass
+class Evaluation:
+    """Section ``[evaluation]``: what the model makes of a long context, in the layout it trains with.
+
+    In training every `freq` steps and after the last one, or of a job's weights by
+    ``python -m torchtitan_upipe.evaluate``; written to `<job.dump_folder>/<folder>/step-N.json` (docs/evaluation.md).
+    """
+
+    enable: bool = False
+    """Evaluate in training. The evaluate command does so whatever is said here."""
+
+    freq: int = 500
+    """Steps from one evaluation to the next; the last step is evaluated, too."""
+
+    dataset: str = ""
+    """Text around needles and of losses; "" = that of `[validation]` if it is enabled, else of `[training]`."""
+
+    dataset_path: str | None = None
+    """Path of `dataset`."""
+
+    needle_lengths: list[int] = field(default_factory=list)
+    """Tokens of a prompt with a needle, at most training.seq_len; [] = that length and its halves, four at most."""
+
+    needle_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where in the text the needle is: 0 = at the beginning, 1 = just before the question."""
+
+    needle_keys: list[int] = field(default_factory=lambda: [1, 4])
+    """Needles in a prompt, of which one is asked for. 1 = one needle; k = k - 1 distractors elsewhere in the text."""
+
+    needle_trials: int = 2
+    """Prompts for each length, depth and number of keys; 0 = no needles."""
+
+    needle: str = "\nThe secret number of {key} is {value}.\n"
+    """Template of a needle."""
+
+    question: str = "\nWhat is the secret number of {key}? The secret number of {key} is "
+    """Template of the question; the answer, a value, follows at once, and both are tokenized together."""
+
+    needle_names: str = ""
+    """A text file of keys, one a line; "" = names of cities."""
+
+    needle_values: str = ""
+    """A text file of values, one a line; "" = random numbers of six digits."""
+
+    loss_sequences: int = 4
+    """Sequences of each length whose loss is taken; 0 = no losses. They begin with the longest documents."""
+
+    loss_lengths: list[int] = field(default_factory=list)
+    """Shorter lengths whose loss is taken beside that of training.seq_len, e.g. the model's context before."""
+
+    truncated_context: int = 0
+    """
+    What training.seq_len tokens of context gain over this many: the loss of a sequence's last tokens, of half this
+    number, is taken with both. 0 = a quarter of training.seq_len.
+    """
+
+    seed: int = 0
+    """Which keys, values and text the prompts have."""
+
+    folder: str = "evaluation"
+    """Below `job.dump_folder`."""
+
+    plots: bool = True
+    """Draw the heat map of needles and the curve of losses (PNG); needs matplotlib."""
+
+
+@dataclass
 class JobConfig:
     """What ``custom_config_module`` merges into TorchTitan's ``JobConfig``."""
 
@@ -216,3 +282,4 @@ class JobConfig:
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     health: Health = field(default_factory=Health)
+    evaluation: Evaluation = field(default_factory=Evaluation)

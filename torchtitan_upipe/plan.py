@@ -23,7 +23,7 @@ import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.load import config_file, split_options
 from torchtitan_upipe.job.read import read_job
-from torchtitan_upipe.job.shape import STASHING, JobShape, job_shape, needed_ranks
+from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
 from torchtitan_upipe.job.write import job_text
 from torchtitan_upipe.memory.axes import settings_of
 from torchtitan_upipe.memory.planner import Budget, Plan, Planner, methods
@@ -206,7 +206,7 @@ class _Table:
 
 
 def _stash(job: JobShape) -> str:
-    if job.method not in STASHING:
+    if not job.staged:
         return ""
     layers = sum(job.stash_of(layer) != "none" for layer in range(job.model.layers))
     return job.stash if layers in (0, job.model.layers) else f"{job.stash}, {layers} of {job.model.layers} layers"

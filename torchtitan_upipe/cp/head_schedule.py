@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 from torchtitan_upipe.cp.segments import QueryRows
@@ -111,6 +112,7 @@ def check_heads(num_heads: int, num_kv_heads: int, head_chunk: int) -> None:
         )
 
 
+@cache
 def build_head_schedule(num_heads: int, num_kv_heads: int, degree: int, head_chunk: int) -> HeadSchedule:
     """Build the schedule.
 

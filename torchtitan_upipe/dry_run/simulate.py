@@ -160,6 +160,7 @@ def leave_out_what_holds_nothing(config: JobConfig) -> None:
     config.training.dataset, config.training.dataset_path = "stdlib", str(PACKAGE / "memory")
     config.training.document_mask = False  # one document needs the most
     config.validation.enable = config.checkpoint.enable = config.profiling.enable_profiling = False
+    config.evaluation.enable = False
     config.metrics.enable_tensorboard = config.metrics.enable_wandb = False
     config.metrics.log_freq = 3  # the step taken is 2
 

@@ -11,9 +11,11 @@ from torchtitan.protocols import BaseModelArgs
 from torchtitan_upipe.cp.head_schedule import check_heads
 from torchtitan_upipe.data.sharding import load_balancer
 from torchtitan_upipe.device import SIMULATED
+from torchtitan_upipe.job.evaluation import check_evaluation
 from torchtitan_upipe.job.files import check_files
 from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
 from torchtitan_upipe.job.pretrained import PretrainedArgs
+from torchtitan_upipe.job.shape import HIDDEN_ON_HOST
 from torchtitan_upipe.job.values import check_values
 from torchtitan_upipe.job_config import ContextParallel, Health
 from torchtitan_upipe.kernels.select import check_kernel
@@ -45,6 +47,8 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_seed_checkpoint(config, world_size)
     _check_device(config, device_type)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
+        if config.evaluation.enable:
+            check_evaluation(config)
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
         check_rope_of_weights(config, model_args)
     kernel = config.context_parallel.attention_kernel
@@ -268,7 +272,7 @@ def _check_hidden_states(config: JobConfig, world_size: int) -> None:
         return
     fsdp = training.enable_cpu_offload or world_size > config.parallelism.data_parallel_replicate_degree
     needs = {
-        f'method = "{cp.method}"': (cp.method in ("fpdt", "torchtitan"), 'use "upipe", "ulysses" or "ring"'),
+        f'method = "{cp.method}"': (cp.method not in HIDDEN_ON_HOST, 'use "upipe", "ulysses" or "ring"'),
         "tile_size = 0": (cp.tile_size == 0, "set the rows that the device has at once, e.g. tile_size = 8192"),
         'stash = "device"': (cp.stash == "device", 'set stash = "host" or "none"'),
         f"activation_checkpoint.mode = {checkpointing.mode!r}": (

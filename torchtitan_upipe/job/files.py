@@ -30,6 +30,8 @@ def check_files(config: JobConfig, vocab_size: int) -> None:
     _check_chat(config)
     if config.validation.enable:
         _check_dataset("validation", config.validation)
+    if config.evaluation.enable and config.evaluation.dataset:
+        _check_dataset("evaluation", config.evaluation)
     if config.checkpoint.enable:
         _check_checkpoints(config)
     _check_room(config)
@@ -157,6 +159,7 @@ def _check_room(config: JobConfig) -> None:
     dump = Path(config.job.dump_folder)
     folders = {
         "job.dump_folder": (dump, config.metrics.enable_tensorboard or config.profiling.enable_profiling),
+        "evaluation.folder": (dump / config.evaluation.folder, config.evaluation.enable),
         "checkpoint.folder": (
             dump / config.checkpoint.folder,
             config.checkpoint.enable and not config.checkpoint.load_only,

@@ -16,6 +16,7 @@ from torchtitan_upipe.data.sharding import chunk_of, degrees, length_divisor
 from torchtitan_upipe.job.model import args_of
 
 STASHING = ("upipe", "fpdt")  # the methods to which `stash` applies
+HIDDEN_ON_HOST = ("upipe", "ulysses", "ring")  # those that take rows of hidden states wherever they are
 
 
 @dataclass(frozen=True)

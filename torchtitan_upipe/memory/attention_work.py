@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from torchtitan_upipe.cp.head_schedule import HeadSchedule, build_head_schedule
+from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.ring import zigzag_tokens
 from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.job.shape import JobShape
@@ -46,7 +46,7 @@ class Calls:
 @cache
 def calls_of(length: int, ulysses: int, ring: int, team: int, tiles: int, rank: int) -> Calls:
     """The calls of ``rank`` where ``team`` ranks share a head and walk through ``tiles`` query tiles."""
-    schedule = _schedule(ulysses // team, 1, ulysses, ulysses // team)
+    schedule = build_head_schedule(ulysses // team, 1, ulysses, ulysses // team)
     tokens, (ring_rank, own) = length // (ulysses * ring), divmod(rank, ulysses)
     max_keys = -(-length // ring // tiles) if ring == 1 and tiles > 1 else None
     forward = backward = rows = merged = keys = 0
@@ -65,18 +65,13 @@ def calls_of(length: int, ulysses: int, ring: int, team: int, tiles: int, rank: 
     return Calls(forward, backward, rows, merged, keys)
 
 
-@cache
-def _schedule(heads: int, kv_heads: int, degree: int, chunk: int) -> HeadSchedule:
-    return build_head_schedule(heads, kv_heads, degree, chunk)
-
-
 class AttentionWork:
     """The parts of an attention layer of ``job``."""
 
     def __init__(self, job: JobShape) -> None:
         model = job.model
         self.job = job
-        self.stages = _schedule(
+        self.stages = build_head_schedule(
             model.heads, model.kv_heads, job.ulysses, job.head_chunk if job.method == "upipe" else model.heads
         ).stages
         self.fetched = sum(len(stage.fetch.distinct) for stage in self.stages)  # KV heads that are projected

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchtitan_upipe.cp.head_schedule import round_head_chunk
 from torchtitan_upipe.data.sharding import chunk_of
-from torchtitan_upipe.job.shape import STASHING, JobShape
+from torchtitan_upipe.job.shape import HIDDEN_ON_HOST, STASHING, JobShape
 from torchtitan_upipe.memory.prediction import GIB
 
 TILE_SIZES = (32768, 16384, 8192)
@@ -73,8 +73,9 @@ def _inputs(job: JobShape) -> list[tuple[bool, bool, bool]]:
 def _runs(job: JobShape) -> bool:
     """Whether settings go together; see ``job/check.py``."""
     if not job.hidden_on_host:
-        return True
-    return job.method == "upipe" and job.stash != "device" and job.tile_size > 0 and (job.fsdp or not job.narrowed)
+        return job.method in STASHING or job.stash == "none"  # where it means nothing, one value is enough
+    tiled = job.tile_size > 0 and job.stash != "device"
+    return job.method in HIDDEN_ON_HOST and tiled and (job.fsdp or not job.narrowed)
 
 
 def _stash(job: JobShape) -> Settings:
@@ -103,7 +104,7 @@ def _state(job: JobShape) -> Settings:
 AXES = (
     Axis(("checkpoint", "offload", "hidden_on_host"), _inputs, _checkpointing, last=2),
     Axis(("tile_size",), _tile_sizes, _plain("tile_size")),
-    Axis(("stash", "stash_budget"), lambda _: [(s, 0.0) for s in STASHES], _stash, STASHING, last=2),
+    Axis(("stash", "stash_budget"), lambda _: [(s, 0.0) for s in STASHES], _stash, last=2),
     Axis(("head_chunk",), lambda job: [(c,) for c in all_head_chunks(job)], _plain("head_chunk"), ("upipe",)),
     Axis(
         ("query_tiles",),

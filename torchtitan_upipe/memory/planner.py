@@ -12,7 +12,7 @@ from itertools import count
 from math import ceil, lcm
 
 from torchtitan_upipe.data.sharding import chunk_of
-from torchtitan_upipe.job.shape import STASHING, JobShape
+from torchtitan_upipe.job.shape import JobShape
 from torchtitan_upipe.memory.axes import AXES, SEQUENCE_CHUNKS, Axis, candidates, sparing
 from torchtitan_upipe.memory.block_bytes import Walks
 from torchtitan_upipe.memory.ledger import predict_shape
@@ -89,18 +89,22 @@ class Planner:
             _, _, job = heapq.heappop(queue)
             if least_bytes(job) > self.budget.device:
                 continue
-            prediction = self.predict(job)
-            if self.budget.holds(prediction):
-                return Plan(job, prediction, predict_time(job, self.machine))
-            fewer = self._with_fewer_stashes(job, prediction)
+            lacking = least_host_bytes(job) - (self.budget.device if self.budget.shared else self.budget.host)
+            if lacking <= 0:
+                prediction = self.predict(job)
+                if self.budget.holds(prediction):
+                    return Plan(job, prediction, predict_time(job, self.machine))
+                if prediction.device_bytes > self.budget.device:
+                    continue
+                lacking = prediction.host_bytes - self.budget.host_left(prediction)
+            fewer = self._with_fewer_stashes(job, lacking)
             if fewer is not None:
                 heapq.heappush(queue, (predict_time(fewer, self.machine).seconds, next(order), fewer))
         return None
 
-    def _with_fewer_stashes(self, job: JobShape, prediction: Prediction) -> JobShape | None:
-        if job.method not in STASHING or job.stash != "host" or prediction.device_bytes > self.budget.device:
+    def _with_fewer_stashes(self, job: JobShape, lacking: float) -> JobShape | None:
+        if not job.staged or job.stash != "host":
             return None
-        lacking = prediction.host_bytes - self.budget.host_left(prediction)
         now = sum(job.stash_of(layer) == "host" for layer in range(job.model.layers))
         layers = now - max(ceil(lacking / job.stash_bytes), 1)
         return replace(job, stash_budget=stash_budget(job, layers)) if layers > 0 else None
@@ -151,8 +155,16 @@ def least_bytes(job: JobShape) -> float:
     state = 0 if job.state_on_host else 3 * job.stored * job.own_elements
     kept = 1 if job.checkpoint else 3  # each block's input; its normed input and its middle
     inputs = 0 if job.offload or job.hidden_on_host else kept * layers * job.hidden
-    stashes = sum(job.method in STASHING and job.stash_of(layer) == "device" for layer in range(layers))
+    stashes = sum(job.staged and job.stash_of(layer) == "device" for layer in range(layers))
     return state + inputs + stashes * job.stash_bytes
+
+
+def least_host_bytes(job: JobShape) -> float:
+    """The same of host memory: block inputs and stashes."""
+    layers = job.model.layers
+    inputs = layers * job.hidden if job.offload or job.hidden_on_host else 0
+    stashes = sum(job.staged and job.stash_of(layer) == "host" for layer in range(layers))
+    return inputs + stashes * job.stash_bytes
 
 
 def methods(job: JobShape) -> Iterator[JobShape]:

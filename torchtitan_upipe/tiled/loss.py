@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """A tile of final norm, logits and cross entropy; see :func:`tiled_cross_entropy`."""
+    """A tile of final norm, logits and cross entropy; see :func:`tiled_cross_entropy` and :func:`tiled_scores`."""
 
     eps: float
     norm_weight: Tensor
@@ -119,9 +119,47 @@ class CrossEntropy:
         d_norm += d_norm_tile
         return loss
 
+    def scores(self, h: Tensor, labels: Tensor) -> Tensor:
+        """What :func:`score_logits` says of a tile ``h [n, D]``, ``labels [n]``, none of them ignored."""
+        n = F.rms_norm(h, self.norm_weight.shape, self.norm_weight, self.eps).to(self.output_weight.dtype)
+        return score_logits(F.linear(n, self.output_weight), labels)
+
     @property
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.output_weight.dtype, torch.float32)
+
+
+def tiled_scores(head: CrossEntropy, parts: Iterable[tuple[slice, Tensor]], labels: Tensor, tile_size: int) -> Tensor:
+    """Log-probabilities of labels and whether they are the likeliest tokens, of the rows that have a label alone.
+
+    Args:
+        head: final norm and output layer.
+        parts: ``(rows, h[:, rows])`` of hidden states ``h [B, N, D]``, all of them.
+        labels: ``[B, N]`` int64; rows labelled -100 are not computed.
+        tile_size: rows whose logits are there at once.
+
+    Returns:
+        ``[2, B, N]`` float32, 0 for rows without a label.
+    """
+    scores = torch.zeros(2, *labels.shape, dtype=torch.float32, device=labels.device)
+    with torch.autocast(labels.device.type, enabled=False):
+        for rows, h in parts:
+            places = (labels[:, rows] != IGNORE_INDEX).nonzero(as_tuple=True)
+            for few in zip(*(place.split(tile_size) for place in places), strict=True):
+                scores[:, :, rows][:, *few] = head.scores(h[few], labels[:, rows][few]).float()
+    return scores
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label, and 1 where it is the likeliest token, else 0: ``[2, n]`` float32 (or wider).
+
+    Args:
+        logits: ``[n, V]``.
+        labels: ``[n]`` int64, none of them ignored.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = wide.log_softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
+    return torch.stack([log_p, (wide.argmax(dim=-1) == labels).to(log_p.dtype)])
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> Tensor:

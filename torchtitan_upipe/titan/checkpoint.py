@@ -30,6 +30,27 @@ class Checkpoints(CheckpointManager):
     """
 
     model_files: ModelFiles | None = None
+    _weights_alone = False
+
+    def load_weights(self, step: int = -1) -> int:
+        """Load the weights alone that a job would go on from; return their step, 0 for those from elsewhere.
+
+        A model in Hugging Face's format, as the last one of a job may be, is loaded, too.
+
+        Raises:
+            ValueError: there are none.
+        """
+        there = Path(self.folder).exists()
+        if there and step == -1:
+            step = self._find_load_step()
+        self._weights_alone = True
+        if not self.load(step):
+            raise ValueError(
+                f"{self.folder} holds no checkpoint, and the job names no other weights; set "
+                "checkpoint.initial_load_path, or checkpoint.initial_load_in_hf = true for model.hf_assets_path."
+            )
+        self._weights_alone = False
+        return step if there else 0
 
     def dcp_save(
         self,
@@ -55,6 +76,8 @@ class Checkpoints(CheckpointManager):
         Raises:
             ValueError: it is of another model or of other data, or cannot be read.
         """
+        if self._weights_alone and is_transformers(checkpoint_id):
+            from_hf = True
         if not from_hf:
             saved = read_metadata(checkpoint_id)
             check_weights(state_dict, saved, checkpoint_id)
@@ -71,6 +94,9 @@ class Checkpoints(CheckpointManager):
         """TorchTitan's, which takes no model in a single file of safetensors for a step."""
         finished = [int(file.parent.name.removeprefix("step-")) for file in Path(self.folder).glob(f"step-*/{SINGLE}")]
         return max([super()._find_load_step(folder), *finished])
+
+    def _states_to_load(self, model_only: bool) -> dict[str, Any]:
+        return super()._states_to_load(model_only or self._weights_alone)
 
     def _check_data(self, state_dict: Mapping[str, Any], saved: Mapping[str, Any], checkpoint_id: str) -> None:
         loader = state_dict.get(DATALOADER)
@@ -104,13 +130,18 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     dist.barrier()  # no rank leaves before the model is whole
 
 
+def is_transformers(checkpoint_id: str) -> bool:
+    """Whether the folder holds weights in Hugging Face's format."""
+    return any((Path(checkpoint_id) / name).is_file() for name in (SINGLE, INDEX))
+
+
 def read_metadata(checkpoint_id: str) -> Mapping[str, Any]:
     """What ``checkpoint_id`` holds, by name.
 
     Raises:
         ValueError: it is no whole checkpoint of torch's.
     """
-    if any((Path(checkpoint_id) / name).is_file() for name in (SINGLE, INDEX)):
+    if is_transformers(checkpoint_id):
         raise ValueError(
             f"checkpoint {checkpoint_id} is a finished model in Hugging Face's format, from which a job cannot go on; "
             "begin another (job.dump_folder) with it in checkpoint.initial_load_path and checkpoint.initial_load_in_hf "

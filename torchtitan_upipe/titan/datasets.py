@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,14 @@ def build_validation_dataloader(
     """``[validation] dataset``: again and again, or once if ``steps = -1``."""
     endless = job_config.validation.steps != -1
     return _build("validation", job_config, dp_world_size, dp_rank, tokenizer, endless)
+
+
+def read_documents(section_name: str, config: JobConfig, tokenizer: BaseTokenizer) -> tuple[str, Iterator[list[int]]]:
+    """All documents of a section's text, the same on every rank: what the data is called, and their tokens."""
+    section = getattr(config, section_name)
+    reader = _reader(Source(section.dataset, section.dataset_path or ""), section_name, 0, 1)
+    encode = _encoder(section.dataset.lower(), tokenizer)
+    return reader.source, (encode(row) for row in reader.read_pass())
 
 
 def _build(

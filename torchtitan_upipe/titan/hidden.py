@@ -13,6 +13,7 @@ from torchtitan_upipe.cp.host_ends import host_cross_entropy, host_embedding
 from torchtitan_upipe.cp.upipe import UPipe
 from torchtitan_upipe.stash.hidden import HiddenStates
 from torchtitan_upipe.stash.stash import Stash
+from torchtitan_upipe.tiled.loss import CrossEntropy, tiled_scores
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.tiled import TiledBlock, TiledOutput, Unnormalised, epsilon, tile_model
 
@@ -111,6 +112,13 @@ class HostOutput(TiledOutput):
             eps=state.eps,
             tile_size=self.tile_size,
         )
+
+    def scores(self, state: Unnormalised, labels: Tensor) -> Tensor:
+        """See :class:`TiledOutput`."""
+        rows = self._hidden.of(state.h)
+        parts = rows.parts()
+        head = CrossEntropy(state.eps, state.norm_weight, self.weight)
+        return tiled_scores(head, zip(parts, rows.read(parts), strict=True), labels, self.tile_size)
 
     def logits(self, state: Unnormalised) -> Tensor:
         """All logits ``[B, N, V]`` on the device."""

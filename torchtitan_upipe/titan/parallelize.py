@@ -150,6 +150,7 @@ def _check_for_stock_trainer(config: JobConfig, world_size: int) -> None:
         'context_parallel.settings = "auto" may choose tiles': cp.settings == "auto",
         'context_parallel.method = "fpdt" shards each chunk of the sequence': cp.method == "fpdt" and degree > 1,
         "training.document_mask = true finds documents": config.training.document_mask,
+        "evaluation.enable = true evaluates": config.evaluation.enable,
         "training.enable_cpu_offload = true gives one rank to FSDP2": (
             config.training.enable_cpu_offload and world_size == 1
         ),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan_upipe.tiled.loss import tiled_cross_entropy
+from torchtitan_upipe.tiled.loss import CrossEntropy, tiled_cross_entropy, tiled_scores
 from torchtitan_upipe.tiled.mlp import tiled_feed_forward
 from torchtitan_upipe.tiled.norm import tiled_rms_norm
 from torchtitan_upipe.tiled.tiles import as_in_products
@@ -125,7 +125,7 @@ class HandedOnNorm(nn.RMSNorm):
 
 
 class TiledOutput(nn.Linear):
-    """The model's output layer: logits, or within :meth:`given` the loss, which it computes in tiles.
+    """The model's output layer: logits, or within :meth:`given` the loss or scores, which it computes in tiles.
 
     The loss is computed in here since here FSDP2 has the weights at hand.
 
@@ -139,18 +139,19 @@ class TiledOutput(nn.Linear):
         self.weight = output.weight
         self.tile_size = tile_size
         self._labels: Tensor | None = None
+        self._scores = False
 
     @contextmanager
-    def given(self, labels: Tensor) -> Iterator[None]:
-        """Let the model return its loss, summed over ``labels [B, N]``, in place of logits."""
-        self._labels = labels
+    def given(self, labels: Tensor, scores: bool = False) -> Iterator[None]:
+        """Let the model return its loss, summed over ``labels [B, N]``, or their scores, in place of logits."""
+        self._labels, self._scores = labels, scores
         try:
             yield
         finally:
             self._labels = None
 
     def forward(self, hidden: Unnormalised) -> Tensor:  # type: ignore[override]
-        """Logits ``[B, N, V]``, or the summed loss, a float32 scalar.
+        """Logits ``[B, N, V]``, or the summed loss, a float32 scalar, or scores ``[2, B, N]``.
 
         Raises:
             ValueError: training without labels, which would make all logits at once.
@@ -162,7 +163,7 @@ class TiledOutput(nn.Linear):
                     "trainer gave the model no labels; start the job with `torchrun -m torchtitan_upipe.train`."
                 )
             return self.logits(hidden)
-        return self.loss(hidden, self._labels)
+        return (self.scores if self._scores else self.loss)(hidden, self._labels)
 
     def logits(self, state: Unnormalised) -> Tensor:
         """All logits ``[B, N, V]``."""
@@ -178,6 +179,11 @@ class TiledOutput(nn.Linear):
             eps=state.eps,
             tile_size=self.tile_size,
         )
+
+    def scores(self, state: Unnormalised, labels: Tensor) -> Tensor:
+        """See :func:`~torchtitan_upipe.tiled.loss.tiled_scores`."""
+        head = CrossEntropy(state.eps, state.norm_weight, as_in_products(self.weight))
+        return tiled_scores(head, [(slice(None), state.h)], labels, self.tile_size)
 
 
 def epsilon(norm: nn.RMSNorm) -> float:

@@ -20,14 +20,18 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
+from torchtitan_upipe.job.evaluation import check_evaluation
+from torchtitan_upipe.job.results import Results
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
 from torchtitan_upipe.titan.datasets import Dataloader
 from torchtitan_upipe.titan.dims import TrainerDims
+from torchtitan_upipe.titan.evaluation import Evaluator
 from torchtitan_upipe.titan.export import model_files
 from torchtitan_upipe.titan.health import Batch, Health, StepSkippedError, StepUnderWay, judged_norm
 from torchtitan_upipe.titan.healthy_checkpoint import HealthyCheckpoints
 from torchtitan_upipe.titan.metrics import Metrics
+from torchtitan_upipe.titan.scores import Scorer
 from torchtitan_upipe.titan.settings import choose_settings
 from torchtitan_upipe.titan.stop import Stop, Stopped, mark_boundaries
 from torchtitan_upipe.titan.tiled import summed_loss
@@ -64,6 +68,16 @@ class Trainer(torchtitan.train.Trainer):
                 f'model.name = {job_config.model.name!r} does not attach context_parallel.method = "{method}"; its '
                 "train spec needs torchtitan_upipe.titan.parallelize.Parallelize as parallelize_fn."
             )
+        self.evaluator: Evaluator | None = None
+        if job_config.evaluation.enable:
+            scorer = Scorer(job_config, self.parallel_dims, self.train_context, self.maybe_enable_amp)
+            self.evaluator = Evaluator(job_config, self.tokenizer, scorer, self.metrics_processor)
+
+    def should_continue_training(self) -> bool:
+        """TorchTitan asks between steps, after a step's checkpoint and validation; its evaluation comes next."""
+        if self.evaluator is not None and self.evaluator.due(self.step):
+            self.evaluator.run(self.model_parts[0], self.step)
+        return super().should_continue_training()
 
     def train(self) -> None:
         """TorchTitan's loop, to its end or to where it is asked to stop, and a line with what came of it."""
@@ -222,3 +236,30 @@ def run_job(config: JobConfig) -> None:
         finally:
             trainer.close()
     dist.destroy_process_group()
+
+
+def evaluate_job(config: JobConfig) -> Results:
+    """Evaluate the weights that the job of ``config`` would go on from, in its layout; all ranks call this.
+
+    Returns:
+        What was found, and written to :func:`~torchtitan_upipe.job.results.results_path`.
+
+    Raises:
+        ValueError: the job has no weights, or its evaluation cannot be done.
+    """
+    if not config.checkpoint.enable:
+        raise ValueError(
+            "checkpoint.enable = false: there are no weights to evaluate; set it to true, and checkpoint.load_step, or "
+            "checkpoint.initial_load_path for weights from elsewhere."
+        )
+    config.evaluation.enable = True
+    check_evaluation(config)
+    trainer = Trainer(config)
+    try:
+        assert trainer.evaluator is not None
+        step = trainer.checkpointer.load_weights(config.checkpoint.load_step)
+        results = trainer.evaluator.run(trainer.model_parts[0], step)
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+    return results
