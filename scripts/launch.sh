@@ -36,5 +36,20 @@ fi
 export LOG_RANK="${LOG_RANK:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # long sequences fragment fixed segments
-exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
-  -m "$module" "$option" "$config" "$@"
+# SIGTERM and SIGUSR1 to this script go to the ranks, which save and end (docs/running.md). torchrun, which would end them
+# after 30 seconds and fail, ignores both.
+export PET_SIGNALS_TO_HANDLE="SIGINT,SIGHUP,SIGQUIT"
+(
+  trap '' TERM USR1
+  exec torchrun "${nodes[@]}" --nproc_per_node "${NGPU:-8}" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+    -m "$module" "$option" "$config" "$@"
+) &
+torchrun=$!
+trap 'pkill -USR1 -P "$torchrun" || true' TERM USR1
+status=0
+wait "$torchrun" || status=$?
+while kill -0 "$torchrun" 2> /dev/null; do # a signal has ended the wait alone
+  status=0
+  wait "$torchrun" || status=$?
+done
+exit "$status"

@@ -141,7 +141,7 @@ class CpuModule(types.ModuleType):
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
         """The keys that TorchTitan reads, both from the peak resident set; host memory has no retries and no OOMs."""
-        peak = _peak_resident_bytes()
+        peak = peak_resident_bytes()
         return {
             "active_bytes.all.peak": peak,
             "reserved_bytes.all.peak": peak,
@@ -180,13 +180,23 @@ class SimulatedModule(CpuModule):
         """No random numbers here."""
 
 
-def _peak_resident_bytes() -> int:
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+def resident_bytes() -> int:
+    """This process's resident set; where the system does not tell it (Linux does), its peak."""
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set since the process began, or :meth:`CpuModule.reset_peak_memory_stats`."""
+    if known := _status("VmHWM"):
+        return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(name: str) -> int:
+    """An entry of the kernel's, in bytes; 0 where there is none."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def memory_of_rank(device_type: str) -> int:

@@ -193,6 +193,20 @@ class ActivationCheckpoint(titan.ActivationCheckpoint):
 
 
 @dataclass
+class Health:
+    """Section ``[health]``: what becomes of a step whose loss or gradient norm is not finite (docs/running.md).
+
+    It is seen on all ranks before the optimizer steps. The step's documents go to a file below `job.dump_folder`.
+    """
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """"stop" ends the job with a sentence; "skip" drops the step's gradients, says so, and goes on."""
+
+    max_skipped: int = 3
+    """"skip": steps in a row that may be dropped; one more ends the job."""
+
+
+@dataclass
 class Evaluation:
     """Section ``[evaluation]``: what the model makes of a long context, in the layout it trains with.
 
@@ -267,4 +281,5 @@ class JobConfig:
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    health: Health = field(default_factory=Health)
     evaluation: Evaluation = field(default_factory=Evaluation)

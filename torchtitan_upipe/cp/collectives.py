@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ class Traffic:
     bytes: int = 0
 
 
+Watch = Callable[[], AbstractContextManager[None]]  # entered around what may wait for other ranks
+
+
 class HeadExchange:
     """All-to-alls of one group (Ulysses, arXiv 2309.14509, figure 2).
 
@@ -31,7 +35,10 @@ class HeadExchange:
         size: ``C``.
         rank: this rank within the group.
         traffic: running count of calls and bytes.
+        watch: around each all-to-all.
     """
+
+    watch: Watch = nullcontext
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -102,7 +109,8 @@ class HeadExchange:
 
     def _all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         received = send.new_empty(sum(receive_sizes))
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group)
+        with self.watch():
+            dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group)
         self.traffic.calls += 1
         self.traffic.bytes += (send.numel() - send_sizes[self.rank]) * send.element_size()
         return received
@@ -119,7 +127,10 @@ class RingExchange:
         size: ``C``.
         rank: this rank within the group.
         traffic: running count of hops and bytes.
+        watch: around each wait for the rank before.
     """
+
+    watch: Watch = nullcontext
 
     def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic | None = None) -> None:
         self.group = group
@@ -158,8 +169,9 @@ class RingExchange:
         if self._pending is None:
             raise RuntimeError("nothing is under way in this ring")
         work, _, received = self._pending
-        for item in work:
-            item.wait()
+        with self.watch():
+            for item in work:
+                item.wait()
         self._pending = None
         return received
 

@@ -70,8 +70,9 @@ class DocumentStream(torch.utils.data.IterableDataset[Example]):
         """A pass has ended; ``unused``: it was a whole one, and no document of it was used."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank stands; see :meth:`load_state_dict`."""
-        return self.reader.state_dict() | {"waiting": copy.deepcopy(self._waiting)}
+        """Where this rank stands; see :meth:`load_state_dict`. Documents, which nothing changes, are not copied."""
+        waiting = [list(item) if isinstance(item, list) else item for item in self._waiting]
+        return self.reader.state_dict() | {"waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same data, rank and number of ranks stood."""

@@ -17,7 +17,7 @@ from torchtitan_upipe.job.model import check_rope_of_weights, job_rope, own_rope
 from torchtitan_upipe.job.pretrained import PretrainedArgs
 from torchtitan_upipe.job.shape import HIDDEN_ON_HOST
 from torchtitan_upipe.job.values import check_values
-from torchtitan_upipe.job_config import ContextParallel
+from torchtitan_upipe.job_config import ContextParallel, Health
 from torchtitan_upipe.kernels.select import check_kernel
 
 
@@ -40,6 +40,7 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     _check_sequence(config)
     _check_heads(config, model_args)
     _check_settings(config)
+    _check_health(config)
     job_rope(config, model_args)
     _check_offload(config, world_size)
     _check_hidden_states(config, world_size)
@@ -199,6 +200,15 @@ def _check_settings(config: JobConfig) -> None:
         raise ValueError(
             f'context_parallel.settings = "auto" chooses what is set by hand as well: {", ".join(by_hand)}; remove '
             "these, or settings."
+        )
+
+
+def _check_health(config: JobConfig) -> None:
+    health = config.health
+    if health.on_nonfinite == "stop" and health.max_skipped != Health.max_skipped:
+        raise ValueError(
+            f'health.max_skipped = {health.max_skipped} has no meaning for on_nonfinite = "stop"; remove it, or set '
+            'health.on_nonfinite = "skip".'
         )
 
 

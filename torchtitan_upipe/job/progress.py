@@ -60,23 +60,22 @@ def next_task(stages: Sequence[Stage]) -> Task | None:
         )
     file = stage.folder / JOB_FILE
     _write(file, job_text(start_of(stage, before, begun)))
-    trained, evaluation = begun >= stage.config.training.steps, stage.config.evaluation
-    evaluated = not evaluation.enable or results_path(stage.config, stage.config.training.steps).exists()
+    trained = begun >= stage.config.training.steps
     return {
         "stage": index,
         "job_file": str(file),
-        "work": "train" if not trained else "judge" if evaluated else "evaluate",
+        "work": "train" if not trained else "judge" if _evaluated(stage) else "evaluate",
     }
 
 
 def finish(stages: Sequence[Stage], index: int) -> bool:
-    """Mark a stage that has trained and passed its gate as finished; whether it has reached its last step.
+    """Mark a stage that has trained and passed its gate as finished; whether it has come to its end.
 
     Raises:
         ValueError: the gate's threshold and what was measured.
     """
     stage = stages[index]
-    if not is_finished(stage.last_checkpoint):
+    if not is_finished(stage.last_checkpoint) or not _evaluated(stage):
         return False
     results = [
         read_results(results_path(one.config, one.config.training.steps)) if one.config.evaluation.enable else None
@@ -96,6 +95,10 @@ def finish(stages: Sequence[Stage], index: int) -> bool:
 def finished(stage: Stage) -> bool:
     """Whether a stage has passed its gate."""
     return (stage.folder / FINISHED).is_file()
+
+
+def _evaluated(stage: Stage) -> bool:
+    return not stage.config.evaluation.enable or results_path(stage.config, stage.config.training.steps).exists()
 
 
 def newest_step(stage: Stage) -> int:

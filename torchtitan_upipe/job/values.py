@@ -22,6 +22,7 @@ COUNTS: dict[str, int] = {  # field -> smallest value
     "comm.train_timeout_seconds": 1,
     "comm.trace_buf_size": 0,
     "lr_scheduler.warmup_steps": 0,
+    "health.max_skipped": 1,
     "parallelism.context_parallel_degree": 1,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.tensor_parallel_degree": 1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 
 from torchtitan.tools.logging import init_logger
@@ -18,6 +19,7 @@ LINES = (  # beginnings
     "ENV[TORCH_NCCL",
     "[GC]",
     "Building device mesh with parallelism",
+    "Destroying the purge thread",
     "Error running lspci",
     "Loading tokenizer from",
     "Mixed precision training is handled",
@@ -29,6 +31,7 @@ LINES = (  # beginnings
     "Synchronizing and adjusting timeout",
     "model.safetensors.index.json not found",
 )
+SAID_BETTER = re.compile(r"^(\x1b\[[0-9;]*m)?step: |[A-Z]+ memory allocation retries\.$")
 WARNINGS = (  # patterns of what is nothing to a job's writer
     "'set_vital' is deprecated",
     "DTensor (random operators|manual_seed)",
@@ -38,7 +41,10 @@ WARNINGS = (  # patterns of what is nothing to a job's writer
 
 
 class FromBelow(logging.Filter):
-    """Keeps a line unless it is one of ``LINES``, a model's arguments, or no warning and from a rank not shown."""
+    """Keeps a line unless it is one of ``LINES``, a model's arguments, or no warning and from a rank not shown.
+
+    TorchTitan's own line of a step and its warning about retries are said better elsewhere (``titan/metrics.py``).
+    """
 
     def __init__(self, shown: bool) -> None:
         super().__init__()
@@ -48,6 +54,8 @@ class FromBelow(logging.Filter):
         """Whether to print ``record``."""
         message = record.getMessage()
         if record.levelno < logging.WARNING and not self.shown:
+            return False
+        if SAID_BETTER.search(message):
             return False
         return not message.startswith(LINES) and not (message.startswith("Building ") and "\n" in message)
 

@@ -53,6 +53,11 @@ class Dataloader(ParallelAwareDataloader):
                 del state[self._rank_id]
         return state
 
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """What makes :meth:`state_dict` as of now, later; costs little now, however much waits to be packed."""
+        state = super(ParallelAwareDataloader, self).state_dict()
+        return lambda: {self._rank_id: pickle.dumps(state), "world_size": self.dp_world_size}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the ranks that wrote ``state_dict`` stood.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -40,17 +40,25 @@ def hide_states(
     model.tok_embeddings = HostEmbedding(embedding, hidden)
 
 
+def tiles_of(module: nn.Module, output: Tensor) -> Iterator[Tensor]:
+    """What ``module``, an embedding or a block, has put out: ``[B, rows, D]`` on the device, one after another."""
+    if not isinstance(module, (HostEmbedding, HostBlockOfModel)):
+        return iter([output])
+    rows = module.hidden.of(output)
+    return rows.read(rows.parts())
+
+
 class HostEmbedding(nn.Embedding):
     """The model's embedding; its weight is taken over."""
 
     def __init__(self, embedding: nn.Embedding, hidden: HiddenStates) -> None:
         super().__init__(embedding.num_embeddings, embedding.embedding_dim, device="meta")
         self.weight = embedding.weight
-        self._hidden = hidden
+        self.hidden = hidden
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens [B, N]`` to a handle of ``[B, N, D]``."""
-        return host_embedding(self._hidden, tokens, self.weight)
+        return host_embedding(self.hidden, tokens, self.weight)
 
 
 class HostBlockOfModel(TiledBlock):
@@ -71,6 +79,7 @@ class HostBlockOfModel(TiledBlock):
         attention = self.attention
         assert isinstance(attention, ContextParallelAttention)
         assert isinstance(attention.method, UPipe)
+        self.hidden = hidden
         eps = epsilon(self.attention_norm), epsilon(self.ffn_norm)
         self._block = HostBlock(attention.method, hidden, new_stash, keeps, eps)
 

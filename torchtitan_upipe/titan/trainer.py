@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from torchtitan_upipe.job.evaluation import check_evaluation
 from torchtitan_upipe.job.results import Results
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.batch import shard_batch
-from torchtitan_upipe.titan.checkpoint import Checkpoints
+from torchtitan_upipe.titan.datasets import Dataloader
 from torchtitan_upipe.titan.dims import TrainerDims
 from torchtitan_upipe.titan.evaluation import Evaluator
 from torchtitan_upipe.titan.export import model_files
+from torchtitan_upipe.titan.health import Batch, Health, StepSkippedError, StepUnderWay, judged_norm
+from torchtitan_upipe.titan.healthy_checkpoint import HealthyCheckpoints
+from torchtitan_upipe.titan.metrics import Metrics
 from torchtitan_upipe.titan.scores import Scorer
 from torchtitan_upipe.titan.settings import choose_settings
+from torchtitan_upipe.titan.stop import Stop, Stopped, mark_boundaries
 from torchtitan_upipe.titan.tiled import summed_loss
 
 
@@ -38,13 +43,23 @@ class Trainer(torchtitan.train.Trainer):
     A batch's way: the data loader (``titan/datasets.py``) draws it, :meth:`post_dataloading_process` takes this rank's
     share, the model, whose attention (``titan/attention.py``) hands itself to a method (``cp/``), turns it into a loss.
 
+    Attributes:
+        stop: who may ask the job to end, if anyone.
+
     Raises:
         ValueError: the model was not given the plugin's attention.
     """
 
+    stop: Stop | None = None
+
     def __init__(self, job_config: JobConfig) -> None:
         with _own_checkpoints():
             super().__init__(job_config)
+        self._under_way = StepUnderWay(0)
+        self._before: dict[str, Any] | None = None  # what a step under way changes that is no weight, before it
+        self._health = self._new_health()
+        if isinstance(self.metrics_processor, Metrics):  # of the plugin's own specs
+            self.metrics_processor.waiting.attach(self.model_parts[0])
         self.checkpointer.model_files = model_files(job_config, self.model_args)
         method = job_config.context_parallel.method
         attached = any(isinstance(m, ContextParallelAttention) for part in self.model_parts for m in part.modules())
@@ -65,12 +80,56 @@ class Trainer(torchtitan.train.Trainer):
         return super().should_continue_training()
 
     def train(self) -> None:
-        """TorchTitan's loop, and a line with what came of it."""
+        """TorchTitan's loop, to its end or to where it is asked to stop, and a line with what came of it."""
         began = time.monotonic()
-        super().train()
-        self.checkpointer.wait()
+        reason = None
+        if self.stop is not None:
+            self.stop.watch(self.job_config.comm.train_timeout_seconds)
+            mark_boundaries(self.model_parts[0], self.stop.boundary)
+        try:
+            super().train()
+            self.checkpointer.wait()
+        except Stopped as stopped:
+            reason = str(stopped)
+        line = self._closing_line(time.monotonic() - began) if reason is None else self._end_early(reason)
         if dist.get_rank() == 0:
-            logger.info(self._closing_line(time.monotonic() - began))
+            logger.info(line)
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """TorchTitan's step, unless all ranks are to stop; what is not finite never gets to the optimizer.
+
+        Raises:
+            ValueError: the loss or the gradient norm is not finite, and the job says to end then.
+        """
+        self._before = {"ntokens_seen": self.ntokens_seen}
+        if self.checkpointer.saves:
+            loader = self.dataloader
+            mine = isinstance(loader, Dataloader)  # else of another module's train spec
+            self._before["data"] = loader.position() if mine else partial(dict, loader.state_dict())
+        if self.stop is not None:
+            self.stop.boundary()
+        self._under_way = step = StepUnderWay(self.step)
+        try:
+            with judged_norm(partial(self._health.judge, step)):
+                super().train_step(step.noting(data_iterator))
+        except StepSkippedError as skipped:
+            self.lr_schedulers.step()
+            if dist.get_rank() == 0:
+                logger.warning(str(skipped))
+        self._before = None
+
+    def _end_early(self, reason: str) -> str:
+        """Drop the step under way and save the one before, on all ranks; return the job's last sentence."""
+        data = None
+        if self._before is not None:
+            self.step -= 1
+            self.ntokens_seen, data = self._before["ntokens_seen"], self._before.get("data")
+        for part in self.model_parts:
+            part.state_dict()  # which makes FSDP2 put its shards back in the place of gathered weights
+        self.optimizers.zero_grad()
+        saved = self.checkpointer.save_now(self.step, data)
+        dist.barrier()  # whoever holds the ranks' store leaves last
+        return f"Stopped after {reason}, with step {self.step} finished; {saved}"
 
     def _closing_line(self, seconds: float) -> str:
         line = f"Finished step {self.step} after {timedelta(seconds=round(seconds))}"
@@ -126,15 +185,38 @@ class Trainer(torchtitan.train.Trainer):
             with self.maybe_enable_amp:
                 total = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs)
                 loss = total / torch.as_tensor(global_valid_tokens).clamp(min=1)
+            self._under_way.losses.append(loss.detach())
             loss.backward()
+        return loss
+
+    def _new_health(self) -> Health:
+        config, cp_mesh = self.job_config, self.parallel_dims.get_optional_mesh("cp")
+        return Health(
+            self.model_parts[0],
+            self._replay,
+            Path(config.job.dump_folder) / "nonfinite",
+            self.tokenizer,
+            max_skipped=config.health.max_skipped if config.health.on_nonfinite == "skip" else 0,
+            dumps=cp_mesh is None or cp_mesh.get_local_rank() == 0,
+        )
+
+    @torch.no_grad()
+    def _replay(self, batch: Batch) -> Tensor:
+        """This rank's loss of ``batch``, summed over its tokens."""
+        inputs, labels, extra_inputs, kwargs = self.post_dataloading_process(batch[0], batch[1].to(device_type))
+        (model,) = self.model_parts
+        model.eval()
+        with self.train_context(), self.maybe_enable_amp:
+            loss = summed_loss(model, self.loss_fn, inputs, labels, **extra_inputs, **kwargs)
+        model.train()
         return loss
 
 
 @contextmanager
 def _own_checkpoints() -> Iterator[None]:
-    """Within, TorchTitan's trainer, which names the class itself, builds :class:`Checkpoints`."""
+    """Within, TorchTitan's trainer, which names the class itself, builds :class:`HealthyCheckpoints`."""
     titans = torchtitan.train.CheckpointManager
-    torchtitan.train.CheckpointManager = Checkpoints
+    torchtitan.train.CheckpointManager = HealthyCheckpoints
     try:
         yield
     finally:
@@ -143,15 +225,17 @@ def _own_checkpoints() -> Iterator[None]:
 
 def run_job(config: JobConfig) -> None:
     """Train as ``config`` says, or write a seed checkpoint."""
-    trainer = Trainer(config)
-    try:
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-            logger.info("Created seed checkpoint")
-        else:
-            trainer.train()
-    finally:
-        trainer.close()
+    with Stop() as stop:
+        trainer = Trainer(config)
+        trainer.stop = stop
+        try:
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+                logger.info("Created seed checkpoint")
+            else:
+                trainer.train()
+        finally:
+            trainer.close()
     dist.destroy_process_group()
 
 
