@@ -1,7 +1,7 @@
-"""What fits where: ``python -m benchmarks.fits README.md`` (about 10 minutes).
+"""What fits where: ``python -m benchmarks.fits README.md docs/fits.md`` (some minutes).
 
 The longest context of UPipe that the planner finds on 1, 8 and 16 GPUs of each size, as predicted by the ledger and the
-model of time. The command writes the table between the marks of the page.
+model of time. The command writes a short table into one page and one with settings into the other, between their marks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torchtitan_upipe.titan.specs  # noqa: F401  (registers the models)
@@ -27,6 +28,41 @@ DEVICES = ("a100-40gb", "h100-80gb", "h200")
 RANKS = (1, 8, 16)
 HOST, HOST_OF_ONE, RESERVE = 256 * GIB, 1024 * GIB, 4 * GIB  # a rank's share; of one that has a host for itself
 MILLION = 2**20
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What fits on so many devices of a kind, if anything."""
+
+    model: str
+    ranks: int
+    device: str
+    plan: Plan | None
+
+    @property
+    def row(self) -> tuple[str, int]:
+        """Of the short table."""
+        return self.model, self.ranks
+
+    @property
+    def cell(self) -> str:
+        """Of the short table."""
+        return "nothing" if self.plan is None else "{}: {}, {}".format(*self.details[:3])
+
+    @property
+    def details(self) -> list[str]:
+        """Of the long table."""
+        if self.plan is None:
+            return ["nothing", *[""] * 5]
+        plan, used = self.plan, self.plan.prediction
+        return [
+            f"{plan.job.length / MILLION:.3g}M",
+            f"{used.device_bytes / GIB:.1f}",
+            f"{used.host_bytes / GIB:.0f}",
+            f"{plan.time.seconds:,.0f}",
+            f"{plan.tokens_per_second:,.1f}",
+            settings(plan),
+        ]
 
 
 def longest(job: str, device: str, ranks: int) -> Plan | None:
@@ -60,36 +96,44 @@ def settings(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def rows() -> Iterator[list[str]]:
-    """One for each model, size and number of devices."""
+def plans() -> Iterator[Fitting]:
+    """For each model, number and size of devices."""
     for model, job in JOBS.items():
-        for device in DEVICES:
-            for ranks in RANKS:
+        for ranks in RANKS:
+            for device in DEVICES:
                 plan = longest(job, device, ranks)
-                print(model, device, ranks, plan and plan.job.length, file=sys.stderr, flush=True)
-                row = [model, f"{ranks} x {rates_of(device).memory / 1e9:.0f} GB"]
-                if plan is None:
-                    yield [*row, "none", "", "", "", ""]
-                    continue
-                used = plan.prediction
-                yield [
-                    *row,
-                    f"{plan.job.length / MILLION:.2f}M",
-                    f"{used.device_bytes / GIB:.1f}",
-                    f"{used.host_bytes / GIB:.0f}",
-                    f"{plan.time.seconds:,.0f}",
-                    settings(plan),
-                ]
+                print(model, ranks, device, plan and plan.job.length, file=sys.stderr, flush=True)
+                yield Fitting(model, ranks, device, plan)
+
+
+def short_table(found: Sequence[Fitting]) -> str:
+    """Tokens, and GiB of device and host, with one row for each model and number of devices."""
+    header = ["", *(f"{rates_of(device).memory / 1e9:.0f} GB" for device in DEVICES)]
+    return markdown(
+        header,
+        (
+            [f"{model}, {ranks} GPU{'s' * (ranks > 1)}", *(fit.cell for fit in found if fit.row == (model, ranks))]
+            for model, ranks in dict.fromkeys(fit.row for fit in found)
+        ),
+    )
+
+
+def long_table(found: Sequence[Fitting]) -> str:
+    """The same with the settings, and the predicted time of a step."""
+    header = ["model", "GPUs", "tokens", "device GiB", "host GiB a rank", "s a step", "tokens/s a GPU", "settings"]
+    return markdown(header, ([fit.model, f"{fit.ranks} x {fit.device}", *fit.details] for fit in found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table into the page of the command line, or print it; return the exit code."""
+    """Write the tables into the pages of the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fits", description=__doc__, allow_abbrev=False)
-    parser.add_argument("page", type=Path, nargs="?", help="a page with the two marks; without one, print")
-    page = parser.parse_args(arguments).page
-    table = markdown(["model", "GPUs", "tokens", "device GiB", "host GiB", "s a step", "settings"], rows())
+    parser.add_argument("short", type=Path, help="a page with the two marks")
+    parser.add_argument("long", type=Path, help="another one")
+    options = parser.parse_args(arguments)
+    found = list(plans())
     try:
-        print(table) if page is None else write_between(page, "benchmarks.fits", table)
+        write_between(options.short, "benchmarks.fits", short_table(found))
+        write_between(options.long, "benchmarks.fits", long_table(found))
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -311,32 +311,60 @@ def checkpointing_times() -> str:
 
 # --- the whole step, predicted --------------------------------------------------------------------------------------
 
-STEPS = [  # job file, million tokens, ranks, overrides
+STATE = "enable_cpu_offload"
+HIDDEN = {"hidden_states": "host", "tile_size": 8192}
+STEPS: list[tuple[str, int, int, dict[str, object]]] = [  # job file, million tokens, ranks, overrides
     ("llama3_8b_5m", 5, 8, {"query_tiles": 1}),
     ("llama3_8b_5m", 5, 8, {"query_tiles": 4}),
     ("llama3_8b_5m", 5, 8, {"method": "ulysses", "head_chunk": 0}),
+    ("llama3_8b_5m", 5, 8, {"query_tiles": 4, **HIDDEN}),
+    ("llama3_8b_5m", 5, 8, {"query_tiles": 8, **HIDDEN}),
+    ("llama3_8b_5m", 5, 8, {"query_tiles": 4, "head_chunk": 1, **HIDDEN}),
+    ("llama3_8b_5m", 5, 8, {"method": "ulysses", "head_chunk": 0, **HIDDEN}),
     ("llama3_8b_5m", 8, 8, {"query_tiles": 4}),
+    ("llama3_8b_5m", 8, 8, {"query_tiles": 4, **HIDDEN}),
+    ("llama3_8b_5m", 8, 8, {"query_tiles": 4, "head_chunk": 2, **HIDDEN}),
     ("qwen3_32b_4m", 6, 16, {"query_tiles": 4}),
-    ("llama3_8b_1m", 1, 1, {"query_tiles": 8, "tile_size": 8192}),
+    ("qwen3_32b_4m", 4, 16, {"query_tiles": 4, "head_chunk": 1, **HIDDEN}),
+    ("qwen3_32b_4m", 4, 16, {"query_tiles": 4, STATE: True, **HIDDEN}),
+    ("llama3_8b_1gpu_1m", 1, 1, {"query_tiles": 8}),
+    ("llama3_8b_1gpu_1m", 1, 1, {"query_tiles": 4, "head_chunk": 2, **HIDDEN}),
 ]
+
+
+def spelled(options: Mapping[str, object]) -> list[str]:
+    """As on the command line."""
+    words = []
+    for name, value in options.items():
+        section, _, field = name.rpartition(".")
+        words += (
+            [f"--{section}.{'' if value else 'no-'}{field}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        )
+    return words
+
+
+def step_args(name: str, millions: int, ranks: int, overrides: Mapping[str, object]) -> list[str]:
+    """The job of a row: everything that can wait in host memory does."""
+    options = {
+        "training.seq_len": millions * 2**20,
+        "parallelism.context_parallel_degree": ranks,
+        "training.enable_cpu_offload": overrides.get(STATE, False) or ranks == 1,
+        "context_parallel.stash": "host",
+        "context_parallel.stash_budget_gib": 0,
+        **{f"context_parallel.{key}": value for key, value in overrides.items() if key != STATE},
+    }
+    hidden = overrides.get("hidden_states") == "host"
+    if overrides.get("method") == "ulysses" and not hidden:
+        options["context_parallel.stash"] = "none"
+    options["activation_checkpoint.offload"] = not hidden
+    return ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), *spelled(options)]
 
 
 def whole_steps() -> str:
     """Predicted peak of a training step."""
     rows = []
     for name, millions, ranks, overrides in STEPS:
-        options = {
-            "training.seq_len": millions * 2**20,
-            "parallelism.context_parallel_degree": ranks,
-            "context_parallel.stash": "host" if overrides.get("method", "upipe") == "upipe" else "none",
-            "context_parallel.stash_budget_gib": 0,
-            "context_parallel.query_tiles": 1,
-            "training.dtype": "float32" if ranks > 1 else "bfloat16",
-            **{f"context_parallel.{key}": value for key, value in overrides.items()},
-        }
-        args = ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), "--activation_checkpoint.offload"]
-        args += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        config = read_job(args, ranks, SIMULATED)
+        config = read_job(step_args(name, millions, ranks, overrides), ranks, SIMULATED)
         full, bare = (predict(config, ranks, workspace=workspace) for workspace in (True, False))
         rows.append(
             (
@@ -370,9 +398,8 @@ is left there is mostly x, y, dx and the weights' gradients, which it sums in fl
 ## The whole step: predicted
 
 One rank's peak in one training step by the ledger (`python -m torchtitan_upipe.memory`): FSDP2 over all ranks, AdamW,
-full activation checkpointing with block inputs in host memory, tiles of 8192 rows, stash in host memory. On one rank
-TorchTitan applies no FSDP2, so that its CPU offload of the optimizer does nothing there, and parameters, gradients and
-optimizer, all bfloat16, take 59 GiB.
+full activation checkpointing with block inputs in host memory, or all hidden states (`hidden_states host`), tiles of
+8192 rows, the whole stash in host memory. One rank has FSDP2 on a mesh of one with its state in host memory.
 {whole_steps}
 ## Time of one layer
 
