@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,10 +28,10 @@ DIGITS = [f"{number:02}" for number in range(64)]
 ENTRY = 5  # words of one
 LENGTHS = (512, 1024)  # tokens of a document, its begin and its end included
 SHORTEST = 2 * ENTRY
-DENSITIES = (1.0, 1.0, 0.5, 0.1)  # share of the words that are entries
+DENSITIES = (1.0, 1.0, 0.5, 0.1)
 
 
-def main(folder: Path, tokens: int = 1_000_000) -> None:
+def main(folder: Path, tokens: int = 2_100_000) -> None:
     """Write everything into ``folder``; of documents, so many tokens of each length."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
@@ -41,13 +41,21 @@ def main(folder: Path, tokens: int = 1_000_000) -> None:
     (folder / "values.txt").write_text("\n".join(numbers) + "\n")
     write(folder / "filler.jsonl", [" ".join(rng.choices(FILLER, k=20_000))])
     for length in LENGTHS:
-        texts = (document(rng, length - 2) for _ in range(tokens // length))
-        write(folder / f"{length}.jsonl", texts)
+        densities = islice(cycle(DENSITIES), tokens // length)  # each batch of four has each
+        write(folder / f"{length}.jsonl", (document(rng, length - 2, density=density) for density in densities))
 
 
-def document(rng: random.Random, length: int, across: bool = True) -> str:
-    """Text of ``length`` words, at least ``SHORTEST``; ``across``: calls of one name stand near its two ends."""
-    names = rng.sample(NAMES, max(1, min(len(NAMES), int(length * rng.choice(DENSITIES) / (2 * ENTRY)))))
+def document(rng: random.Random, length: int, across: bool = True, density: float = 0.0) -> str:
+    """Text of ``length`` words, at least ``SHORTEST``.
+
+    Args:
+        rng: what it is made of.
+        length: words.
+        across: calls of one name stand near its two ends.
+        density: share of the words that are entries, as far as there are names; 0 = one of ``DENSITIES``.
+    """
+    share = density or rng.choice(DENSITIES)
+    names = rng.sample(NAMES, max(1, min(len(NAMES), int(length * share / (2 * ENTRY)))))
     entries = [f"call {name} {rng.choice(DIGITS)} {rng.choice(DIGITS)} ." for name in names]
     parts = entries[across:] * 2 + rng.choices(FILLER, k=length - 2 * ENTRY * len(names))
     rng.shuffle(parts)
