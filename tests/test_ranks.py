@@ -7,6 +7,7 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.faults import Fault, run_with_faults
@@ -15,9 +16,9 @@ from tests.ranks import run_ranks
 from tests.test_failures import local, rows
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.memory.prediction import GIB
-from torchtitan_upipe.titan.ranks import Lookout, RankState
+from torchtitan_upipe.titan.ranks import Lookout, RankState, Spent, Stopwatch
 
-CALM = RankState(own=1.0, device=5 * GIB, host=2 * GIB, retries=0)
+CALM = RankState(own=1.0, stage=0.1, device=5 * GIB, host=2 * GIB, retries=0)
 
 
 def states(**of_rank_1: float) -> list[RankState]:
@@ -60,6 +61,17 @@ def test_a_rank_that_is_slow_again_and_again(tmp_path: Path) -> None:
     assert said[5] == ["the others wait for rank 1, whose part of a step takes 1.50 times the median"]
 
 
+def test_a_stage_lies_between_two_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0, 12.0, 12.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    watch = Stopwatch()
+    for _ in range(4):
+        with watch():
+            pass
+    assert watch.read() == Spent(waiting=3.5, stage=2.0)
+    assert watch.read() == Spent(waiting=0.0, stage=0.0)
+
+
 def run_with_console(folder: Path, args: list[str], fault: Fault) -> None:
     with (folder / f"console-{os.environ['RANK']}").open("w") as console, redirect_stdout(console):
         assert run_with_faults(folder, [(args, fault)]) == [(0, "")]
@@ -84,4 +96,6 @@ def test_progress_and_the_slowest_rank(tmp_path: Path) -> None:
     (events,) = tmp_path.glob("tb/*/events*")
     scalars = EventAccumulator(str(events)).Reload()
     assert scalars.Scalars("ranks/slowest_over_median")[-1].value > 1.2
+    least, most = (scalars.Scalars(f"ranks/stage_time_{which}(s)")[-1].value for which in ("min", "max"))
+    assert 0 < least <= most
     assert "mfu(%)" not in scalars.Tags()["scalars"]

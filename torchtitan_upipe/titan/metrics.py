@@ -52,12 +52,13 @@ class Metrics(MetricsProcessor):
     ) -> None:
         """TorchTitan's scalars and more, on all ranks; a line and warnings on the console."""
         seconds = (time.perf_counter() - self.time_last_log) / max(step - (self._logged or 0), 1)
-        waited = self.waiting.seconds() / max(step - (self._logged or 0), 1)
+        spent = self.waiting.read()
         peak_host = peak_resident_bytes()  # before TorchTitan starts a new one
         peak = self.device_memory_monitor.get_peak_stats()
         states = of_all_ranks(
             RankState(
-                own=seconds - waited,
+                own=seconds - spent.waiting / max(step - (self._logged or 0), 1),
+                stage=spent.stage,
                 device=peak.max_reserved_gib * GIB,
                 host=resident_bytes(),
                 retries=peak.num_alloc_retries,
@@ -68,6 +69,8 @@ class Metrics(MetricsProcessor):
             "ranks/own_time_max(s)": max(state.own for state in states),
             "ranks/own_time_min(s)": min(state.own for state in states),
             "ranks/slowest_over_median": times_median,
+            "ranks/stage_time_max(s)": max(state.stage for state in states),
+            "ranks/stage_time_min(s)": min(state.stage for state in states),
             "memory/host(GiB)": max(state.host for state in states) / GIB,
         }
         super().log(step, global_avg_loss, global_max_loss, grad_norm, {**(extra_metrics or {}), **more})

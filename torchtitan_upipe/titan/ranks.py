@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +30,21 @@ SLOWER = 1.2  # times the median
 IN_A_ROW = 3  # looks
 
 
+@dataclass(frozen=True)
+class Spent:
+    """By one rank, since the last time it was asked.
+
+    Attributes:
+        waiting: seconds in exchanges of attention.
+        stage: seconds from one exchange to the next, median: in most methods a stage of attention.
+    """
+
+    waiting: float
+    stage: float
+
+
 class Stopwatch:
-    """Sums up the time that this rank waits in exchanges of attention: on a GPU the time of its stream."""
+    """Measures this rank's exchanges of attention, and what it does between them: on a GPU the time of its stream."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[Any, Any]] = []
@@ -50,12 +64,16 @@ class Stopwatch:
                 if isinstance(exchange, (HeadExchange, RingExchange)):
                     exchange.watch = self
 
-    def seconds(self) -> float:
-        """Waited since the last call; the device must be through with its work."""
+    def read(self) -> Spent:
+        """What was spent since the last call; the device must be through with its work."""
         spans, self._spans = self._spans, []
-        if device_type != "cuda":
-            return sum(end - begin for begin, end in spans)
-        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+        between = [self._seconds(end, begin) for (_, end), (begin, _) in pairwise(spans)]
+        waiting = sum(self._seconds(begin, end) for begin, end in spans)
+        return Spent(waiting, statistics.median(between) if between else 0.0)
+
+    @staticmethod
+    def _seconds(begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if device_type == "cuda" else end - begin
 
     def _now(self) -> Any:
         if device_type != "cuda":
@@ -71,12 +89,14 @@ class RankState:
 
     Attributes:
         own: seconds of a step in which it did not wait for others in an exchange of attention.
+        stage: seconds between two exchanges, median; see :class:`Spent`.
         device: peak bytes of device memory.
         host: bytes of its resident set.
         retries: of the device's allocator, which has had to give its cache back, so far.
     """
 
     own: float
+    stage: float
     device: float
     host: float
     retries: float
