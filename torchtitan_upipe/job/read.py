@@ -9,7 +9,9 @@ from importlib import import_module
 from torchtitan.config import JobConfig
 from torchtitan.tools.utils import device_type
 
+from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.check import validate_job
+from torchtitan_upipe.job.hub import fetch_assets
 from torchtitan_upipe.job.load import load_config
 from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.shape import needed_ranks
@@ -35,6 +37,7 @@ def read_job(args: Sequence[str], world_size: int | None = None, device: str = d
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if config.comm.mode != "default":
             world_size = int(os.environ.get("NGPU", world_size))
+    fetch_assets(config, device == SIMULATED)
     validate_job(config, model_args(config), world_size or needed_ranks(config), device)
     return config
 
