@@ -6,10 +6,11 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from tests.jobs import ROOT, job_args
 from torchtitan_upipe.dry_run.dry_run import DryRun, dry_run
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.memory.__main__ import main as memory_main
@@ -195,3 +196,8 @@ def test_the_table_shows_both_legs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Peak of the dry run: loss backward" in table
     assert memory_main([*case.args, "--context_parallel.head_chunk", "99"]) == 1
     assert "head_chunk = 99" in capsys.readouterr().err
+
+
+def test_a_dry_run_without_fsdp_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a dry run is for jobs whose weights FSDP2 holds: .* without --dry-run"):
+        dry_run([DryRun(tuple(job_args(tmp_path, 1, context_parallel__head_chunk=4)), 1)])

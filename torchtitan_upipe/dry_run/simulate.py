@@ -42,6 +42,7 @@ from torchtitan_upipe.dry_run.moments import Moments  # noqa: E402
 from torchtitan_upipe.job.model import model_args  # noqa: E402
 from torchtitan_upipe.job.pretrained import PretrainedArgs  # noqa: E402
 from torchtitan_upipe.job.read import read_job  # noqa: E402
+from torchtitan_upipe.job.shape import job_shape  # noqa: E402
 from torchtitan_upipe.memory.prediction import Prediction  # noqa: E402
 from torchtitan_upipe.titan.attention import ContextParallelAttention  # noqa: E402
 from torchtitan_upipe.titan.trainer import Trainer  # noqa: E402
@@ -166,7 +167,16 @@ def leave_out_what_holds_nothing(config: JobConfig) -> None:
 
 
 def simulate_job(config: JobConfig, workspace: bool) -> Prediction:
-    """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``."""
+    """Run ``config``'s training step on this fake rank; ``workspace`` as in ``DryRun``.
+
+    Raises:
+        ValueError: no FSDP2, without which TorchTitan swaps weights, which fake tensors do not bear.
+    """
+    if not job_shape(config).fsdp:
+        raise ValueError(
+            "a dry run is for jobs whose weights FSDP2 holds: more than one rank that are not all replicas, or "
+            "training.enable_cpu_offload = true; the ledger answers without --dry-run."
+        )
     leave_out_what_holds_nothing(config)
     moments = Moments()
     torch.use_deterministic_algorithms(False)  # of the job before, maybe
