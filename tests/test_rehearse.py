@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import measured, peak, rehearse
+from benchmarks import measured, rehearse
 from benchmarks.local_group import join_alone
 from tests.jobs import job_args
 from tests.ranks import run_ranks
 from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange
+from torchtitan_upipe.dry_run import peak
 from torchtitan_upipe.job.read import read_job
 
 MIB = 2**20

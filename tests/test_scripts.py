@@ -18,12 +18,15 @@ case "$*" in
   *is_available*) exit "${TORCH_SEES_NO_GPU:-1}" ;;
   *'version("torch")'*) echo 2.12.1 ;;
   *requires*) exit "${TORCH_BRINGS_NO_TRITON:-0}" ;;
-  "-m pytest") exit "${PYTEST:-0}" ;;
+  "-m pytest -n 2 --dist loadfile") exit "${PYTEST:-0}" ;;
 esac
 """
 NVIDIA_SMI = """
 [ "$1" = -L ] && echo "GPU 0: a GPU" || printf '%s\\n' "$DRIVER" "$DRIVER"
 """
+
+
+WORKERS = "-n 2 --dist loadfile"  # as pytest is called for the whole suite
 
 
 @dataclass
@@ -47,7 +50,11 @@ class Machine:
         file.chmod(0o755)
 
     def test_sh(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "TORCH")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("CUDA_VISIBLE_DEVICES", "TORCH", "WORKERS")
+        }
         return subprocess.run(
             ["bash", str(ROOT / "scripts/test.sh"), *arguments],
             env=kept
@@ -79,7 +86,7 @@ def test_without_gpus(machine: Machine) -> None:
     assert machine.test_sh(TORCH_BRINGS_NO_TRITON="1").returncode == 0
     assert machine.called("python -m pip install -q torch") == ["==2.13.0"]
     assert "\ntriton==" in (machine.folder / "constraints.txt").read_text()
-    assert machine.called("python -m pytest") == [""]
+    assert machine.called("python -m pytest") == [WORKERS]
     assert machine.called("ruff") == ["format --check .", "check ."]
     assert machine.called("mypy") == [""]
 
@@ -109,13 +116,13 @@ def test_a_torch_that_sees_the_gpus_stays(gpus: Machine) -> None:
 def test_gpus_can_be_hidden(gpus: Machine) -> None:
     assert gpus.test_sh(DRIVER="535.104.05", CUDA_VISIBLE_DEVICES="").returncode == 0
     assert gpus.called("python -m pip install -q torch") == ["==2.13.0"]
-    assert gpus.called("python -m pytest") == [""]
+    assert gpus.called("python -m pytest") == [WORKERS]
 
 
 def test_another_torch_is_tested_and_not_linted(machine: Machine) -> None:
     assert machine.test_sh(TORCH="2.11.0").returncode == 0
     assert machine.called("python -m pip install -q torch") == ["==2.11.0"]
-    assert machine.called("python -m pytest") == [""]
+    assert machine.called("python -m pytest") == [WORKERS]
     assert not machine.called("ruff")
     assert not machine.called("mypy")
 
@@ -130,7 +137,7 @@ def test_what_is_installed_is_not_installed_again(machine: Machine) -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_gpu_tests_run_apart_whatever_the_others_say(code: int, gpus: Machine) -> None:
     assert gpus.test_sh(DRIVER="580.65.06", PYTEST=str(code)).returncode == code
-    assert gpus.called("python -m pytest") == ["", "-m cuda"]
+    assert gpus.called("python -m pytest") == [WORKERS, "-m cuda"]
 
 
 @pytest.mark.parametrize("options, visible", [([], ""), (["-m", "cuda"], "0")], ids=["all", "cuda"])
