@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchtitan_upipe.tiled.loss import IGNORE_INDEX
 Example = tuple[dict[str, Tensor], Tensor]
 
 
-class DocumentStream(torch.utils.data.IterableDataset[Example]):
+class DocumentStream(torch.utils.data.IterableDataset[Example], ABC):
     """Sequences of tokens from this rank's documents; a subclass says how documents become sequences.
 
     Args:
@@ -54,13 +55,13 @@ class DocumentStream(torch.utils.data.IterableDataset[Example]):
                 return
             self.reader.next_pass()
 
+    @abstractmethod
     def _add(self, row: Any) -> bool:
         """Let a document wait to be in a sequence; return whether it is used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sequences(self) -> Iterator[Example]:
         """The sequences that what waits makes; it waits no longer."""
-        raise NotImplementedError
 
     def _rest(self) -> Iterator[Example]:
         """What is left at the end of data that is read once; nothing of what does not fill a sequence."""
