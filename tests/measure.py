@@ -53,7 +53,7 @@ def layer_errors() -> str:
         own = max(relative_error(plain[k], truth[k]) for k in truth)
         for degree in (1, 2, 4):
             which = variants(shape, degree)
-            ranks = run_ranks(layer_rank, degree, shape, torch.float32, which)
+            ranks = run_ranks(layer_rank, degree, shape, torch.float32, which, timeout=900)
             worst = max(relative_error(g[k], truth[k]) for g in _each(ranks, which) for k in truth)
             ratio = bfloat16_ratio(name, mask, degree) if name in BFLOAT16 else None
             heads = f"H={shape.heads} G={shape.kv_heads}" + (" q/k norm" if shape.norm else "")
@@ -118,7 +118,7 @@ def traffic() -> str:
             ("fpdt", 24, "host", 1),
             ("fpdt", 24, "none", 1),
         ]:
-            counts = run_ranks(traffic_rank, 4, shape, variant, ac)[0]
+            counts = run_ranks(traffic_rank, 4, shape, variant, ac, timeout=900)[0]
             method, chunk, stash, _ = variant
             chunks = {"upipe": f", U={chunk}, stash {stash}", "fpdt": f", 3 chunks, stash {stash}"}
             label = method + chunks.get(method, "")
