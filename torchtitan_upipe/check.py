@@ -27,8 +27,8 @@ from torchtitan_upipe.device import leave, refuse_idle_gpus
 from torchtitan_upipe.job.load import split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.launch import fail, refuse, stand_alone
+from torchtitan_upipe.titan.command import run_or_explain
 from torchtitan_upipe.titan.console import init_console
-from torchtitan_upipe.titan.failure import explain
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -61,13 +61,9 @@ def main(args: Sequence[str] | None = None) -> int:
         check_options(options, config)
     except ValueError as error:
         return refuse(error)
-    try:
-        results = _check(config, options)
-    except Exception as error:
-        sentence = explain(config, error)
-        if sentence is None:
-            raise
-        return fail(sentence)
+    results: list[Result] = []
+    if code := run_or_explain(config, lambda: results.extend(_check(config, options))):
+        return code
     failed = [result.name for result in results if result.failures]
     return fail(f"The check failed: {', '.join(failed)}.") if failed else 0
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from torchtitan_upipe.device import SIMULATED, leave, refuse_idle_gpus
@@ -29,9 +28,9 @@ from torchtitan_upipe.launch import fail, refuse, stand_alone
 from torchtitan_upipe.memory.forecast import Forecast, forecast, named_place
 from torchtitan_upipe.memory.prediction import GIB
 from torchtitan_upipe.memory.rates import known_devices
-from torchtitan_upipe.plan import parse_bytes
+from torchtitan_upipe.plan import parse_bytes, wide_console
+from torchtitan_upipe.titan.command import run_or_explain
 from torchtitan_upipe.titan.console import init_console
-from torchtitan_upipe.titan.failure import explain
 from torchtitan_upipe.titan.trainer import evaluate_job, run_job
 from torchtitan_upipe.turns import Turn
 
@@ -81,17 +80,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return refuse(error)
     logger.info(_beginning(stages, task))
-    try:
-        if task["work"] == "train":
+    work, stage = task["work"], task["stage"]
+
+    def do() -> None:
+        if work == "train":
             run_job(config)
-        elif task["work"] == "evaluate":
+        elif work == "evaluate":
             evaluate_job(config)
-    except Exception as error:
-        sentence = explain(config, error)
-        if sentence is None:
-            raise
-        return fail(sentence)
-    return _close(turn, stages, task["stage"])
+
+    return run_or_explain(config, do) or _close(turn, stages, stage)
 
 
 def _close(turn: Turn, stages: Sequence[Stage], index: int) -> int:
@@ -133,10 +130,7 @@ def dry_run(options: Options, job_args: Sequence[str]) -> int:
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(_table(options, stages, forecasts))
+    wide_console(200).print(_table(options, stages, forecasts))
     lacking = [
         f"{stage.place}: {found.lacking}" for stage, found in zip(stages, forecasts, strict=True) if found.lacking
     ]

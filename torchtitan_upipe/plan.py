@@ -86,14 +86,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 1
-    console = Console()
-    if not console.is_terminal:
-        console.width = 220
+    console = wide_console(220)
     table = _Table(config, world_size, planner)
     console.print(table.of(wanted, job, [planner.longest(shape) for shape in methods(job)]))
     if options.write:
         console.print(f"Wrote {options.write}")
     return 0
+
+
+def wide_console(width: int) -> Console:
+    """Standard output; in a file or a pipe, which have no width of their own, of ``width`` columns."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 def parse_bytes(text: str) -> float:
