@@ -6,7 +6,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.jobs import ROOT, job_args
+from tests.jobs import job_args
 from tests.measure import table
+from tests.measure_steps import whole_steps
 from tests.ranks import run_ranks
 from torchtitan_upipe.cp.attention import LocalAttention
 from torchtitan_upipe.cp.build import build_method
@@ -33,11 +34,9 @@ from torchtitan_upipe.cp.strategy import AttentionWeights
 from torchtitan_upipe.cp.transform import NormThenRope
 from torchtitan_upipe.cp.ulysses import Ulysses
 from torchtitan_upipe.cp.upipe import UPipe
-from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.dry_run.live_bytes import LiveBytes
 from torchtitan_upipe.kernels.select import build_kernel
 from torchtitan_upipe.kernels.simulated import SimulatedKernel
-from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.stash.stash import KeptOnDevice, Stash
 
 THREE_MILLION, SHORT = 3 * 2**20, 2**16
@@ -251,7 +250,6 @@ def times() -> str:
 
 def steps_rank(args: list[str]) -> tuple[float, float]:
     """Seconds, and processor seconds, of a training run of three steps, of which the first one counts as warm-up."""
-    from torchtitan_upipe.job.read import read_job
     from torchtitan_upipe.titan.trainer import Trainer
 
     trainer = Trainer(read_job(args))
@@ -307,78 +305,6 @@ def checkpointing_times() -> str:
     found = training_times([{"context_parallel__stash": name} for name in names], 1)
     rows = [(name, f"{wall:.1f} s", f"{found[0][0] / wall:.2f}x") for name, (wall, _) in zip(names, found, strict=True)]
     return table(("stash", "a step", "faster than none"), rows)
-
-
-# --- the whole step, predicted --------------------------------------------------------------------------------------
-
-STATE = "enable_cpu_offload"
-HIDDEN = {"hidden_states": "host", "tile_size": 8192}
-STEPS: list[tuple[str, int, int, dict[str, object]]] = [  # job file, million tokens, ranks, overrides
-    ("llama3_8b_5m", 5, 8, {"query_tiles": 1}),
-    ("llama3_8b_5m", 5, 8, {"query_tiles": 4}),
-    ("llama3_8b_5m", 5, 8, {"method": "ulysses", "head_chunk": 0}),
-    ("llama3_8b_5m", 5, 8, {"query_tiles": 4, **HIDDEN}),
-    ("llama3_8b_5m", 5, 8, {"query_tiles": 8, **HIDDEN}),
-    ("llama3_8b_5m", 5, 8, {"query_tiles": 4, "head_chunk": 1, **HIDDEN}),
-    ("llama3_8b_5m", 5, 8, {"method": "ulysses", "head_chunk": 0, **HIDDEN}),
-    ("llama3_8b_5m", 8, 8, {"query_tiles": 4}),
-    ("llama3_8b_5m", 8, 8, {"query_tiles": 4, **HIDDEN}),
-    ("llama3_8b_5m", 8, 8, {"query_tiles": 4, "head_chunk": 2, **HIDDEN}),
-    ("qwen3_32b_4m", 6, 16, {"query_tiles": 4}),
-    ("qwen3_32b_4m", 4, 16, {"query_tiles": 4, "head_chunk": 1, **HIDDEN}),
-    ("qwen3_32b_4m", 4, 16, {"query_tiles": 4, STATE: True, **HIDDEN}),
-    ("llama3_8b_1gpu_1m", 1, 1, {"query_tiles": 8}),
-    ("llama3_8b_1gpu_1m", 1, 1, {"query_tiles": 4, "head_chunk": 2, **HIDDEN}),
-]
-
-
-def spelled(options: Mapping[str, object]) -> list[str]:
-    """As on the command line."""
-    words = []
-    for name, value in options.items():
-        section, _, field = name.rpartition(".")
-        words += (
-            [f"--{section}.{'' if value else 'no-'}{field}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-        )
-    return words
-
-
-def step_args(name: str, millions: int, ranks: int, overrides: Mapping[str, object]) -> list[str]:
-    """The job of a row: everything that can wait in host memory does."""
-    options = {
-        "training.seq_len": millions * 2**20,
-        "parallelism.context_parallel_degree": ranks,
-        "training.enable_cpu_offload": overrides.get(STATE, False) or ranks == 1,
-        "context_parallel.stash": "host",
-        "context_parallel.stash_budget_gib": 0,
-        **{f"context_parallel.{key}": value for key, value in overrides.items() if key != STATE},
-    }
-    hidden = overrides.get("hidden_states") == "host"
-    if overrides.get("method") == "ulysses" and not hidden:
-        options["context_parallel.stash"] = "none"
-    options["activation_checkpoint.offload"] = not hidden
-    return ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), *spelled(options)]
-
-
-def whole_steps() -> str:
-    """Predicted peak of a training step."""
-    rows = []
-    for name, millions, ranks, overrides in STEPS:
-        config = read_job(step_args(name, millions, ranks, overrides), ranks, SIMULATED)
-        full, bare = (predict(config, ranks, workspace=workspace) for workspace in (True, False))
-        rows.append(
-            (
-                f"{config.model.name.split('_')[0]} {config.model.flavor}",
-                f"{millions}M",
-                ranks,
-                ", ".join(f"{key} {value}" for key, value in overrides.items()),
-                f"{full.device_bytes / 2**30:.1f} ({bare.device_bytes / 2**30:.1f})",
-                f"{full.host_bytes / 2**30:.0f}",
-                full.moment,
-            )
-        )
-    columns = ("model", "tokens", "ranks", "", "device GiB (workspace not counted)", "host GiB a rank", "moment")
-    return table(columns, rows)
 
 
 PAGE = """# Measured and predicted: memory, and what it costs in time
