@@ -90,6 +90,18 @@ def test_what_the_searches_take_for_granted(tmp_path: Path, method: str) -> None
     assert all(least_bytes(candidate) <= size for candidate, size in needed.items())
     assert all(least_host_bytes(candidate) <= found.host_bytes for candidate, found in predicted.items())
     assert min(needed[candidate] for candidate in sparing(job)) == min(needed.values())
+    short = replace(job, length=2**13)
+    assert [replace(candidate, length=job.length) for candidate in sparing(short)] == list(sparing(job))
+
+
+@pytest.mark.parametrize("method", ["upipe", "ulysses", "ring", "fpdt"])
+def test_a_search_asks_the_ledger_a_few_times(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most settings are given up after one question: whether they go 1% further than those before."""
+    job, search, asked = shape(tmp_path, method), planner(device=2**28, host=2**28), []
+    monkeypatch.setattr(Planner, "fastest", lambda self, job: self.plan(job))
+    monkeypatch.setattr(Planner, "predict", lambda self, job: asked.append(job) or predict_shape(job))
+    assert search.longest(job) is not None
+    assert len(asked) <= len(list(sparing(job))) + 20
 
 
 def test_the_long_job_keeps_its_stash() -> None:

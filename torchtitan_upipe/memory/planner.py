@@ -115,27 +115,29 @@ class Planner:
         None where not even one step of 1024 tokens a rank fits.
         """
         step = 1024 * lcm(job.ulysses * job.ring, 2 * job.ring)
+        steps = 0
+        for least in reversed(list(sparing(replace(job, length=step), self.axes))):  # the most thrifty first
+            steps = self._longer(least, step, steps)
+        return self.fastest(replace(job, length=steps * step)) if steps else None
+
+    def _longer(self, job: JobShape, step: int, low: int) -> int:
+        """The most steps with these settings; ``low``, which others reach, where these do not go further."""
 
         def use(steps: int) -> float:
-            """The most thrifty settings' share of the budget."""
-            return min(
-                self._share(self.predict(least)) for least in sparing(replace(job, length=steps * step), self.axes)
-            )
+            return self._share(self.predict(replace(job, length=steps * step)))
 
-        most = LONGEST // step
-        low, high, least, guess = 0, most + 1, 0.0, 8
-        while high - low > max(1, low // 100):
-            guess = min(max(guess, low + 1), high - 1)
-            share = use(guess)
-            slope = (share - least) / (guess - low) if low else share / guess
-            if share <= 1:
-                low, least = guess, share
-            else:
-                high = guess
-            aim = low + (1 - least) / slope if low and slope > 0 else guess / share
-            margin = max(1, low // 400)
-            guess = int(aim) + (margin if share > 1 else -margin) if high <= most else int(aim)
-        return self.fastest(replace(job, length=low * step)) if low else None
+        high, last, share = LONGEST // step + 1, low, 0.0
+        guess = low + max(1, low // 100)  # one prediction tells that these do not go further
+        while guess < high:
+            (before, less), (last, share) = (last, share), (guess, use(guess))
+            low, high = (guess, high) if share <= 1 else (low, guess)
+            if high - low <= max(1, low // 100):
+                break
+            slope = (share - less) / (last - before) if less else share / last
+            aim = last + int((1 - share) / slope) if slope > 0 else 2 * last
+            margin = max(1, low // 400)  # past the crossing, so that the other side is found as well
+            guess = min(max(aim + (margin if share > 1 else -margin), low + 1), high - 1)
+        return low
 
     def _share(self, prediction: Prediction) -> float:
         used = prediction.device_bytes, prediction.host_bytes
