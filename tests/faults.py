@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from tests.ranks import _torchrun_environment
 from tests.test_failures import last_words
 
 # What a rank does: "start" is when its trainer is built, "second run" that of a checkpointed block. A signal in one of
-# the last two leaves the step finished.
+# the last two leaves the step finished, as do "evaluation", which is validation, too, and "in flight", when an
+# asynchronous save goes on beside the next step.
 PHASES = ("start", "data", "forward", "second run", "backward", "optimizer", "save")
 
 
@@ -30,8 +32,8 @@ PHASES = ("start", "data", "forward", "second run", "backward", "optimizer", "sa
 class Fault:
     """What goes wrong, where.
 
-    ``kind`` is the name of a signal, "error", "memory", "pause", "slow" (from ``step`` on, again and again), or on
-    tensors of "forward" and "backward" "nan" (from ``step`` on) and "flip" (once).
+    ``kind`` is the name of a signal, "error", "memory", "pause", "long pause", "slow" (from ``step`` on, again and
+    again), or on tensors of "forward" and "backward" "nan" (from ``step`` on) and "flip" (once).
     """
 
     kind: str
@@ -48,8 +50,9 @@ class Fault:
             raise RuntimeError("a collective of this rank fails")
         elif self.kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-        elif self.kind == "pause":
-            subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+        elif self.kind in ("pause", "long pause"):
+            seconds = 3 if self.kind == "pause" else 20
+            subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self.kind == "slow":
             time.sleep(0.5)
@@ -128,13 +131,40 @@ def arm(trainer: Any, fault: Fault) -> None:
     elif fault.phase == "save":
         save = trainer.checkpointer.dcp_save
         trainer.checkpointer.dcp_save = lambda *args, **kwargs: (here(fault.strike), save(*args, **kwargs))[1]
+    elif fault.phase == "evaluation":
+        block.register_forward_hook(lambda module, _a, output: None if module.training else on_tensor(output))
+    elif fault.phase == "in flight":
+        save_beside = trainer.checkpointer.dcp_save
+
+        def sent_off(*args: Any, **kwargs: Any) -> Any:
+            with_files = here(slow_files)
+            saved = save_beside(*args, **kwargs)
+            if with_files:
+                fault.strike()
+            return saved
+
+        trainer.checkpointer.dcp_save = sent_off
     else:
         raise AssertionError(fault.phase)
+
+
+def slow_files() -> bool:
+    """Let the next file that this process writes out take two seconds."""
+    sync = os.fsync
+
+    def slowly(file: Any) -> None:
+        os.fsync = sync
+        time.sleep(2)
+        sync(file)
+
+    os.fsync = slowly
+    return True
 
 
 def run_with_faults(rendezvous: Path, jobs: list[tuple[list[str], Fault | None]]) -> list[tuple[int, str]]:
     """Each job's exit code and what it printed to standard error, on this rank, one job after another."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # loaders have workers
     results = []
     for number, (args, fault) in enumerate(jobs):
         _torchrun_environment(rank, size, rendezvous / str(number))

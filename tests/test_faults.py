@@ -6,7 +6,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.faults import Fault, run_apart
+import pytest
+
+from tests.faults import Fault, run_apart, run_with_faults
 from tests.jobs import job_args, read_log
 from tests.ranks import run_ranks
 from tests.test_failures import local, rows
@@ -39,3 +41,18 @@ def test_a_rank_fails_dies_or_pauses(tmp_path: Path) -> None:
     assert [code for code, _, _ in (*first[3:], paused, undisturbed)] == [0] * 4
     assert read_log(tmp_path / "paused") == read_log(tmp_path / "undisturbed")
     assert len(read_log(tmp_path / "paused").loss) == 4
+
+
+@pytest.mark.slow
+def test_a_rank_that_pauses_for_twenty_seconds_is_waited_for(tmp_path: Path) -> None:
+    options = {**JOB, **local(tmp_path / "x.jsonl", rows(40))}
+    jobs = [
+        (job_args(tmp_path / "undisturbed", 2, **options), None),
+        *(
+            (job_args(tmp_path / phase, 2, **options), Fault("long pause", rank, 2, phase))
+            for rank, phase in enumerate(("forward", "backward"))
+        ),
+    ]
+    for results in run_ranks(run_with_faults, 2, tmp_path, jobs, init=False):
+        assert results == [(0, "")] * 3
+    assert read_log(tmp_path / "forward") == read_log(tmp_path / "backward") == read_log(tmp_path / "undisturbed")

@@ -16,6 +16,7 @@ from tests.faults import PHASES, Fault, run_with_faults
 from tests.jobs import ROOT, job_args, read_log
 from tests.ranks import run_ranks
 from tests.test_failures import local, rows
+from torchtitan_upipe.job.results import read_results
 from torchtitan_upipe.titan.stop import Stop, Stopped
 
 JOB: dict[str, Any] = {
@@ -67,6 +68,33 @@ def test_without_checkpoints_a_stopped_job_says_that_nothing_was_saved(tmp_path:
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_stopped_in_evaluations_and_while_a_save_is_in_flight(tmp_path: Path) -> None:
+    """Steps 2 and 4 are evaluated, step 3 is validated; step 5 is saved beside step 6."""
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    options = {
+        **JOB,
+        **local(tmp_path / "x.jsonl", rows(40)),
+        "checkpoint__async_mode": "async",
+        **{f"evaluation__{k}": v for k, v in {"freq": 2, "needle_trials": 0, "loss_sequences": 1}.items()},
+        **{"validation__dataset": "stdlib", "validation__seq_len": 64, "validation__local_batch_size": 1},
+        **{"validation__steps": 1, "validation__freq": 3},
+    }
+    flags = ["--evaluation.enable", "--evaluation.no-plots", "--validation.enable"]
+    args = job_args(broken, 2, *flags, **options)
+    faults = [Fault("SIGUSR1", 1, 2, "evaluation"), Fault("SIGTERM", 0, 3, "evaluation")]
+    faults.append(Fault("SIGUSR1", 0, 5, "in flight"))
+    jobs = [(job_args(unbroken, 2, *flags, **options), None), *((args, fault) for fault in faults), (args, None)]
+    for results in run_ranks(run_with_faults, 2, tmp_path, jobs, init=False):
+        assert results == [(0, "")] * len(jobs)
+    whole, pieces = read_log(unbroken), read_log(broken)
+    assert (pieces.loss, pieces.grad_norm) == (whole.loss, whole.grad_norm)
+    assert len(whole.loss) == 6
+    assert steps_saved(broken) == {"step-2", "step-3", "step-5", "step-6"}
+    for step in (2, 4, 6):  # that of step 2 by the job that went on from there
+        name = f"evaluation/step-{step}.json"
+        assert read_results(broken / name) == read_results(unbroken / name)
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "replicas": {"parallelism__context_parallel_degree": 1, "parallelism__data_parallel_replicate_degree": 2},
     "fpdt": {"context_parallel__method": "fpdt", "context_parallel__sequence_chunk": 32},
@@ -78,6 +106,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "context_parallel__stash": "host",
         "context_parallel__tile_size": 16,
     },
+    "first fit": {"training__packing": "first_fit", "training__document_mask": True},
+    "mixture": {"training__dataset": "mixture", "training__dataset_path": "mixture.toml"},
     "worker": {"training__dataloader__num_workers": 1, "checkpoint__async_mode": "async"},
 }
 
@@ -87,6 +117,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_stopped_under_other_layouts(layout: str, tmp_path: Path) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {**JOB, **local(tmp_path / "x.jsonl", rows(40)), "context_parallel__head_chunk": 0, **LAYOUTS[layout]}
+    if layout == "mixture":
+        options["training__dataset_path"] = mixture(tmp_path)
     args = job_args(broken, 2, **options)
     jobs: list[tuple[list[str], Fault | None]] = [
         (job_args(unbroken, 2, **options), None),
@@ -99,6 +131,17 @@ def test_stopped_under_other_layouts(layout: str, tmp_path: Path) -> None:
     whole, pieces = read_log(unbroken), read_log(broken)
     assert (pieces.loss, pieces.grad_norm) == (whole.loss, whole.grad_norm)
     assert len(whole.loss) == 6
+
+
+def mixture(folder: Path) -> Path:
+    """The job's documents, and others, three to one."""
+    (folder / "y.jsonl").write_text(rows(30, start=100))
+    file = folder / "mixture.toml"
+    file.write_text("".join(
+        f"[[source]]\ndataset = 'local'\ndataset_path = '{folder / name}'\nweight = {weight}\n"
+        for name, weight in (("x.jsonl", 3), ("y.jsonl", 1))
+    ))  # fmt: skip
+    return file
 
 
 def pass_boundaries(number: int, signals: dict[int, int], patience: float) -> str:

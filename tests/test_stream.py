@@ -18,13 +18,16 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchtitan.components.tokenizer import build_hf_tokenizer
 
+from tests.jobs import job_args
 from tests.strategies import patient
 from torchtitan_upipe.data.dealing import Position, Taken, deal_again
 from torchtitan_upipe.data.reader import Reader
 from torchtitan_upipe.data.stream import TokenStream
 from torchtitan_upipe.data.text import load_local, text_of
-from torchtitan_upipe.titan.datasets import Dataloader
+from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.titan.datasets import Dataloader, build_dataloader
 
 DOCUMENTS = 7
 
@@ -245,3 +248,21 @@ def test_a_validation_stream_ends_and_begins_again(rows: Any) -> None:
     passes = [[item["input"].tolist() for item, _ in loader] for _ in range(2)]
     assert passes[0] == passes[1]
     assert len(passes[0]) == sum(map(len, map(encode, TEXTS))) // 11
+
+
+@pytest.mark.parametrize("dataset", ["local", "mixture"])
+@pytest.mark.parametrize("packing", ["join", "first_fit"])
+def test_a_stream_goes_to_a_worker_that_is_not_forked(dataset: str, packing: str, tmp_path: Path) -> None:
+    """Where Python starts processes afresh, what a job builds is pickled."""
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(9)))
+    (tmp_path / "mixture.toml").write_text(f"[[source]]\ndataset = 'local'\ndataset_path = '{file}'\n")
+    path = file if dataset == "local" else tmp_path / "mixture.toml"
+    options = {"training__dataset": dataset, "training__dataset_path": path, "training__seq_len": 32}
+    config = read_job(job_args(tmp_path, 1, "--training.document_mask", training__packing=packing, **options))
+    tokenizer = build_hf_tokenizer(config)
+    loader = build_dataloader(1, 0, tokenizer, config)
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    for (item, labels), (same_item, same_labels) in islice(zip(loader.dataset, copy, strict=False), 5):
+        assert torch.equal(item["input"], same_item["input"])
+        assert torch.equal(labels, same_labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def _build(
         return _reader(source, section_name, rank, ranks)
 
     stream: DocumentStream
+    encode: Callable[[Any], list[int]]
     if name == "chat":
         stream = ChatStream(
             reader(Source(name, path)),
@@ -151,7 +152,7 @@ def _build(
         documents: Reader | Mixture
         if name == MIXTURE:
             parts = [Part(reader(s), _encoder(s.dataset.lower(), tokenizer), s) for s in read_mixture(path)]
-            documents, encode = Mixture(parts), lambda tokens: tokens
+            documents, encode = Mixture(parts), list  # of what is encoded already
         else:
             documents, encode = reader(Source(name, path)), _encoder(name, tokenizer)
         if training.packing == "first_fit":
@@ -163,10 +164,19 @@ def _build(
     return Dataloader(stream, dp_rank=rank, dp_world_size=ranks, **loader)
 
 
-def _encoder(name: str, tokenizer: BaseTokenizer) -> Callable[[Any], list[int]]:
-    """From a row of the dataset ``name`` to its tokens, begin and end of the document included."""
-    text_of_row = DATASETS[name].sample_processor
-    return lambda row: tokenizer.encode(text_of_row(row), add_bos=True, add_eos=True)
+@dataclass(frozen=True)
+class _Encoder:
+    """From a row of a dataset to its tokens, begin and end of the document included; goes to a loader's worker."""
+
+    text_of_row: Callable[[Any], str]
+    tokenizer: BaseTokenizer
+
+    def __call__(self, row: Any) -> list[int]:
+        return self.tokenizer.encode(self.text_of_row(row), add_bos=True, add_eos=True)
+
+
+def _encoder(name: str, tokenizer: BaseTokenizer) -> _Encoder:
+    return _Encoder(DATASETS[name].sample_processor, tokenizer)
 
 
 def _reader(source: Source, section_name: str, rank: int, ranks: int) -> Reader:
