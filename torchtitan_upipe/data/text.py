@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,7 @@ def load_stdlib(path: str = "") -> Dataset:
         ValueError: the folder has no Python source.
     """
     root = Path(path or sysconfig.get_path("stdlib"))
-    files = [f for f in sorted(root.rglob("*.py")) if not SKIPPED_FOLDERS & set(f.relative_to(root).parts)]
-    texts = [f.read_text(encoding="utf-8", errors="replace") for f in files]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(_sources(root))]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(
@@ -34,6 +34,12 @@ def load_stdlib(path: str = "") -> Dataset:
             'dataset = "local".'
         )
     return Dataset.from_dict({COLUMN: texts})
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def load_local(path: str) -> IterableDataset:
