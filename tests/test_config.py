@@ -187,6 +187,7 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--profiling.enable_profiling"], r"profiling.enable_profiling = true works on CUDA only"),
         (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], r"\"async_with_pinned_mem\" works on CUDA only"),
+        (["--training.gc_debug"], r"training.gc_debug = true works on CUDA only"),
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),
         (["--validation.enable", "--validation.seq_len", "3"], r"validation.seq_len = 3 leaves some of the 4"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),

@@ -313,6 +313,7 @@ def _check_device(config: JobConfig, device_type: str) -> None:
         'checkpoint.async_mode = "async_with_pinned_mem"': config.checkpoint.async_mode == "async_with_pinned_mem",
         "profiling.enable_profiling = true": config.profiling.enable_profiling,  # TorchTitan names no CPU activity
         "profiling.enable_memory_snapshot = true": config.profiling.enable_memory_snapshot,
+        "training.gc_debug = true": config.training.gc_debug,  # which records CUDA's allocations
     }
     for option, asked in cuda_only.items():
         if asked:
