@@ -36,7 +36,8 @@ def test_a_rank_fails_dies_or_pauses(tmp_path: Path) -> None:
     assert memory[2].startswith("OutOfMemoryError: CUDA out of memory; the ledger predicts a peak of ")
     assert killed[0] == -signal.SIGKILL
     assert all(code != 0 for code, _, _ in first[:3])
-    assert first[2][2].startswith("ConnectionError: another rank ended")
+    ended = first[2][0] == -signal.SIGTERM  # before it came to its own words
+    assert ended or first[2][2].startswith("ConnectionError: another rank ended")
 
     assert [code for code, _, _ in (*first[3:], paused, undisturbed)] == [0] * 4
     assert read_log(tmp_path / "paused") == read_log(tmp_path / "undisturbed")
