@@ -19,6 +19,7 @@ from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all dry runs
 FLAVORS = {"llama3_upipe": "debug_kv2", "qwen3_upipe": "debug"}
+LARGE_TILES = ("--context_parallel.tile_size", "8192")  # of long sequences: a dry run takes a time for each tile
 LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2), ("fpdt", 1)]  # method, ring degree
 
 
@@ -71,7 +72,7 @@ def cases() -> Iterator[Case]:
         yield Case(model, "upipe", 1, 2, "full", (*tiles, *host, "--training.enable_cpu_offload"))
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
     deterministic = ("--debug.deterministic", "--training.seq_len", "131072")  # more than a call's least rows
-    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *deterministic))
+    yield Case("llama3_upipe", "upipe", 1, 2, "full", (*LARGE_TILES, *deterministic))
     yield Case("llama3_upipe", "fpdt", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
     for chunk in (3000, 65536):  # a shorter last one; a single one
         yield Case(
@@ -96,8 +97,8 @@ def one_rank_cases() -> Iterator[Case]:
     state, inputs = ("--training.enable_cpu_offload",), ("--activation_checkpoint.offload",)
     tiles, host = ("--context_parallel.tile_size", "512"), ("--context_parallel.stash", "host")
     for model in FLAVORS:
-        for length in ((), ("--training.seq_len", "40960")):
-            yield Case(model, "upipe", 1, 1, "full", (*state, *inputs, *host, *tiles, *length))
+        for length in (tiles, (*LARGE_TILES, "--training.seq_len", "40960")):
+            yield Case(model, "upipe", 1, 1, "full", (*state, *inputs, *host, *length))
         yield Case(model, "upipe", 1, 1, "full", (*state, *inputs, *host))
         yield Case(model, "ulysses", 1, 1, "full", (*state, *inputs, *tiles))
         yield Case(model, "upipe", 1, 1, "none", (*state, *tiles))
