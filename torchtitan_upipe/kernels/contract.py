@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ class AttentionKernel(Protocol):
         """Query rows that one :meth:`backward` for ``q`` should have at most; None where any number is as good."""
 
 
-@runtime_checkable
 class VarlenKernel(AttentionKernel, Protocol):
     """A kernel that also does many independent stretches of rows in one call (packed documents on GPUs)."""
 
@@ -88,6 +87,11 @@ class VarlenKernel(AttentionKernel, Protocol):
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients ``dq, dk, dv`` of :meth:`forward_varlen`; ``out, lse`` as in :meth:`AttentionKernel.backward`."""
+
+
+def does_varlen(kernel: AttentionKernel) -> TypeGuard[VarlenKernel]:
+    """Whether ``kernel`` is a :class:`VarlenKernel`. Asked at every call, for which ``isinstance`` would be slow."""
+    return hasattr(kernel, "forward_varlen")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

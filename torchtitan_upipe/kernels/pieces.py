@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchtitan_upipe.kernels.contract import AttentionKernel, VarlenKernel, accumulate_dtype
+from torchtitan_upipe.kernels.contract import AttentionKernel, accumulate_dtype, does_varlen
 from torchtitan_upipe.kernels.launches import Launch, Run, plan_launches
 from torchtitan_upipe.kernels.merge import merge_partial
 from torchtitan_upipe.kernels.visibility import Interval, Piece
@@ -116,7 +116,7 @@ def _forward(
     packed = _pack(q, launch.row_runs), _pack(k, launch.key_runs), _pack(v, launch.key_runs)
     if launch.is_one:
         return kernel.forward(*packed, scale=scale, causal=launch.causal)
-    assert isinstance(kernel, VarlenKernel)  # others get no launches of several
+    assert does_varlen(kernel)  # others get no launches of several
     return kernel.forward_varlen(*packed, launch.row_lengths, launch.key_lengths, scale=scale, causal=launch.causal)
 
 
@@ -142,12 +142,12 @@ def _backward(
     )
     if launch.is_one:
         return kernel.backward(*packed, scale=scale, causal=launch.causal)
-    assert isinstance(kernel, VarlenKernel)
+    assert does_varlen(kernel)
     return kernel.backward_varlen(*packed, launch.row_lengths, launch.key_lengths, scale=scale, causal=launch.causal)
 
 
 def _elements(kernel: AttentionKernel, q: Tensor) -> int | None:
-    return q.shape[0] * q.shape[2] * q.shape[3] if isinstance(kernel, VarlenKernel) else None
+    return q.shape[0] * q.shape[2] * q.shape[3] if does_varlen(kernel) else None
 
 
 def _nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
