@@ -1,12 +1,16 @@
-"""Measure what docs/memory.md states: ``python -m tests.measure_memory docs/memory.md`` (about 16 minutes)."""
+"""Measure what docs/memory.md states: ``python -m tests.measure_memory docs/memory.md`` (about 16 minutes).
+
+Names of parts (``layer_peaks``, ``times``, ...) after the path: these alone.
+"""
 
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -343,12 +347,31 @@ memory, tiles of 2048 rows; two timed steps each, arms in turn, medians of three
 {checkpointing_times}"""
 
 
-def main(path: Path) -> None:
-    """Write the whole page."""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    parts = (layer_peaks, short_layer_peaks, whole_steps, times, hidden_times, checkpointing_times)
-    path.write_text(PAGE.format(versions=versions, **{part.__name__: part() for part in parts}))
+PARTS = (layer_peaks, short_layer_peaks, whole_steps, times, hidden_times, checkpointing_times)
+
+
+def read_page(text: str) -> dict[str, str]:
+    """What stands in the places of ``PAGE``.
+
+    Raises:
+        ValueError: the page has another text around them.
+    """
+    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.*?)", re.escape(PAGE))
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    if match is None:
+        raise ValueError("the page's text is not this file's; make all of it anew.")
+    return match.groupdict()
+
+
+def main(path: Path, names: Sequence[str] = ()) -> None:
+    """Write the whole page, or the parts of these names anew."""
+    known = read_page(path.read_text()) if names else {}
+    if unknown := set(names) - {part.__name__ for part in PARTS}:
+        raise ValueError(f"{', '.join(unknown)}: the parts are {', '.join(part.__name__ for part in PARTS)}.")
+    known["versions"] = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    known |= {part.__name__: part() for part in PARTS if not names or part.__name__ in names}
+    path.write_text(PAGE.format(**known))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
