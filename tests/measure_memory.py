@@ -322,9 +322,11 @@ Peak of forward and backward in bfloat16 at 3M tokens, simulated: the real layer
 from its making to its end. Counted: the input x, one more hidden tensor that stays (dy, held by the residual), all that
 the layer makes, gradients of weights included. Not counted: weights, host memory. "Workspace" is what
 FlashAttention-2's backward holds beside its results: a float32 dq and, with fewer KV than query heads in a call, dk and
-dv for each query head. T is `query_tiles`. FPDT works in chunks of 64K tokens, and at 64K tokens in smaller ones: what
-is left there is mostly x, y, dx and the weights' gradients, which it sums in float32.
-{layer_peaks}{short_layer_peaks}
+dv for each query head. T is `query_tiles`. FPDT works in chunks of 64K tokens.
+{layer_peaks}
+At 64K tokens FPDT works in smaller chunks: what is left there is mostly x, y, dx and the weights' gradients, which it
+sums in float32.
+{short_layer_peaks}
 ## The whole step: predicted
 
 One rank's peak in one training step by the ledger (`python -m torchtitan_upipe.memory`): FSDP2 over all ranks, AdamW,
