@@ -51,6 +51,7 @@ from benchmarks.results import Record, ResultsFile
 from torchtitan_upipe.device import refuse_idle_gpus
 from torchtitan_upipe.job.load import load_config
 from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.launch import refuse
 
 Predict = Callable[[JobConfig], Prediction | None]
 
@@ -214,8 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = parse(sys.argv[1:] if arguments is None else arguments)
         records = run_sweep(sweep)
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     if node_rank() == 0:
         print(publish(records, sweep.out))
     return 0

@@ -17,6 +17,7 @@ from benchmarks.tables import markdown, write_between
 from torchtitan_upipe.device import SIMULATED
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import job_shape
+from torchtitan_upipe.launch import refuse
 from torchtitan_upipe.memory.planner import Budget, Plan, Planner
 from torchtitan_upipe.memory.prediction import GIB
 from torchtitan_upipe.memory.rates import rates_of
@@ -135,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_between(options.short, "benchmarks.fits", short_table(found))
         write_between(options.long, "benchmarks.fits", long_table(found))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     return 0
 
 

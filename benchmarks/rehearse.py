@@ -38,6 +38,7 @@ from torchtitan_upipe.device import refuse_idle_gpus
 from torchtitan_upipe.dry_run.peak import storage_bytes
 from torchtitan_upipe.job.model import model_args
 from torchtitan_upipe.job.read import read_job
+from torchtitan_upipe.launch import refuse
 
 ROOT = Path(__file__).parent.parent
 TEXT = ["--training.dataset", "stdlib", "--model.hf_assets_path", str(ROOT / "torchtitan_upipe/assets/tokenizer")]
@@ -275,8 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _append(options.result, failure(error))
         if not isinstance(error, ValueError):
             raise
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     config = read_job([*TEXT, *job])
     cp, title = config.context_parallel, f"{config.model.name} {config.model.flavor}"
     title += f", {spell_length(config.training.seq_len)}, {cp.method}, rank {options.rank} of {options.world_size}"

@@ -29,6 +29,7 @@ from benchmarks.tables import (
     spell_rate,
 )
 from torchtitan_upipe.job.load import load_config
+from torchtitan_upipe.launch import refuse
 
 ROOT = Path(__file__).parent.parent
 PAPER = Path(__file__).parent / "data" / "paper_throughput.csv"
@@ -205,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(report(options.results, options.paper))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     return 0
 
 

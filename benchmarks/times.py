@@ -20,6 +20,7 @@ from benchmarks.report import Published, read_paper
 from benchmarks.tables import markdown, write_between
 from torchtitan_upipe.data.sharding import degrees
 from torchtitan_upipe.job.shape import JobShape, shape_of_flavor
+from torchtitan_upipe.launch import refuse
 from torchtitan_upipe.memory.rates import FITTED, Fit, rates_of
 from torchtitan_upipe.memory.step_time import ATTENTION, PRODUCTS, Machine, StepTime, step_work, time_of
 
@@ -193,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(tables(fit)) if options.page is None else write_between(options.page, "benchmarks.times", tables(fit))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     return 0
 
 

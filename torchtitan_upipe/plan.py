@@ -25,6 +25,7 @@ from torchtitan_upipe.job.load import config_file, split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import JobShape, job_shape, needed_ranks
 from torchtitan_upipe.job.write import command_line_fields, job_text, put
+from torchtitan_upipe.launch import refuse
 from torchtitan_upipe.memory.axes import settings_of
 from torchtitan_upipe.memory.planner import Budget, Plan, Planner, methods
 from torchtitan_upipe.memory.prediction import GIB
@@ -84,8 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 raise ValueError(explain_nothing_fits(job, planner))
             _write(options.write, planned(job_args, config, wanted, world_size))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     console = wide_console(220)
     table = _Table(config, world_size, planner)
     console.print(table.of(wanted, job, [planner.longest(shape) for shape in methods(job)]))

@@ -29,6 +29,7 @@ from benchmarks.gpu.trace import trace_part
 from benchmarks.gpu.training import training_part
 from benchmarks.results import ResultsFile
 from torchtitan_upipe.kernels.rates import TABLE, write_rates
+from torchtitan_upipe.launch import refuse
 
 PARTS = {
     "tests": suite_part,
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not writes:
             _measure(setup, options)
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     return 0
 
 

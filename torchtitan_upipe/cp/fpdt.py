@@ -20,7 +20,7 @@ from torchtitan_upipe.cp.collectives import HeadExchange
 from torchtitan_upipe.cp.gradients import LayerGradients, project_out
 from torchtitan_upipe.cp.head_schedule import build_head_schedule
 from torchtitan_upipe.cp.stashing import StashingMethod
-from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
+from torchtitan_upipe.cp.strategy import HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents
 from torchtitan_upipe.stash.stash import KeptOnDevice, PutAway, Stash
 from torchtitan_upipe.tiled.rows import DeviceRows, Rows
@@ -50,22 +50,10 @@ class FPDT(StashingMethod):
         put_away: PutAway,
         sequence_chunk: int,
     ) -> None:
-        super().__init__(exchange, attention, new_stash)
+        super().__init__(_FPDTLayer, exchange, attention, new_stash)
         self.schedule = build_head_schedule(num_heads, num_kv_heads, exchange.size, num_heads)
         self.put_away = put_away
         self.sequence_chunk = sequence_chunk
-
-    def __call__(
-        self,
-        x: Tensor,
-        weights: AttentionWeights,
-        transform: HeadTransform,
-        head_dim: int,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
-        stash, fill = self.stash_of_call()
-        return _FPDTLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
 
     def layer(
         self,

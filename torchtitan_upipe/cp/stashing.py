@@ -22,19 +22,38 @@ class StashingMethod:
     """A method whose forward pass keeps attention's output and log-sum-exp for the backward pass.
 
     Args:
+        layer: the method's forward and backward, by autograd's contract; takes what :meth:`__call__` hands it.
         exchange: all-to-alls of the context-parallel group.
         attention: of this rank's heads over the sequence.
         new_stash: makes what keeps them until the backward pass has used them; None to compute them again there.
     """
 
     def __init__(
-        self, exchange: HeadExchange, attention: SequenceAttention, new_stash: Callable[[], Stash] | None
+        self,
+        layer: type[torch.autograd.Function],
+        exchange: HeadExchange,
+        attention: SequenceAttention,
+        new_stash: Callable[[], Stash] | None,
     ) -> None:
+        self._layer = layer
         self.exchange = exchange
         self.attention = attention
         self.new_stash = new_stash
         self._block_stash: Stash | None = None
         self._fill_block_stash = False
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: AttentionWeights,
+        transform: HeadTransform,
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
+        stash, fill = self.stash_of_call()
+        y: Tensor = self._layer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
+        return y
 
     def stage_layer(
         self,

@@ -21,7 +21,7 @@ from torchtitan_upipe.cp.head_schedule import HeadSchedule
 from torchtitan_upipe.cp.segments import query_tiles
 from torchtitan_upipe.cp.stage import KVBlock, StageLayer
 from torchtitan_upipe.cp.stashing import StashingMethod
-from torchtitan_upipe.cp.strategy import AttentionWeights, HeadTransform
+from torchtitan_upipe.cp.strategy import HeadTransform
 from torchtitan_upipe.kernels.visibility import Documents, Interval
 from torchtitan_upipe.stash.stash import Stash
 from torchtitan_upipe.tiled.rows import DeviceRows, Rows
@@ -47,21 +47,9 @@ class UPipe(StashingMethod):
         new_stash: Callable[[], Stash] | None,
         tiles: int = 1,
     ) -> None:
-        super().__init__(exchange, attention, new_stash)
+        super().__init__(_UPipeLayer, exchange, attention, new_stash)
         self.schedule = schedule
         self.tiles = tiles
-
-    def __call__(
-        self,
-        x: Tensor,
-        weights: AttentionWeights,
-        transform: HeadTransform,
-        head_dim: int,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """See :class:`~torchtitan_upipe.cp.strategy.ContextParallelMethod`."""
-        stash, fill = self.stash_of_call()
-        return _UPipeLayer.apply(self, stash, fill, transform, head_dim, documents, x, *vars(weights).values())
 
     def attend(self, layer: StageLayer, outputs: Stash) -> None:
         """The stages' forward pass: every stage's ``o, lse`` to ``outputs``."""

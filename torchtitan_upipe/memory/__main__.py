@@ -19,6 +19,7 @@ from torchtitan_upipe.dry_run.dry_run import DryRun, dry_run
 from torchtitan_upipe.job.load import split_options
 from torchtitan_upipe.job.read import read_job
 from torchtitan_upipe.job.shape import needed_ranks
+from torchtitan_upipe.launch import refuse
 from torchtitan_upipe.memory.ledger import predict
 from torchtitan_upipe.memory.prediction import CATEGORIES, GIB, Prediction
 
@@ -58,8 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
             for found, legs in zip(dry_run(jobs), (predictions, bare), strict=True):
                 legs.append(found)
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     title = f"{config.model.name} {config.model.flavor}, {config.training.seq_len} tokens, rank {options.rank}"
     console = Console()
     console.print(_table(f"{title} of {world_size}: peak memory in GiB", predictions, bare))
