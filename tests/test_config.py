@@ -188,6 +188,8 @@ def test_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> N
         (["--profiling.enable_memory_snapshot"], r"enable_memory_snapshot = true works on CUDA only"),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], r"\"async_with_pinned_mem\" works on CUDA only"),
         (["--training.gc_debug"], r"training.gc_debug = true works on CUDA only"),
+        (["--lr_scheduler.total_steps", "9"], r"total_steps = 9 must be at least training.steps = 10: beyond its end"),
+        (["--optimizer.early_step_in_backward"], r"early_step_in_backward = true changes weights while backward runs"),
         (["--fault_tolerance.enable"], r"fault tolerance does not work"),
         (["--validation.enable", "--validation.seq_len", "3"], r"validation.seq_len = 3 leaves some of the 4"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path", "no"], r"initial_load_path = 'no' is not a folder"),

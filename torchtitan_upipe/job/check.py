@@ -49,8 +49,6 @@ def validate_job(config: JobConfig, model_args: BaseModelArgs, world_size: int, 
     if config.evaluation.enable:
         check_evaluation(config)
     if device_type != SIMULATED:  # which stands for a machine that may have what this one lacks
-        if config.evaluation.enable:
-            check_evaluation(config)
         check_files(config, vocab_size=cast(Any, model_args).vocab_size)
         check_rope_of_weights(config, model_args)
     kernel = config.context_parallel.attention_kernel

@@ -92,9 +92,17 @@ def _check_the_rest(config: JobConfig) -> None:
             "checkpoint.keep_latest_k = 1 would delete the last checkpoint while the next one is written; set it to "
             "2 or more, or 0 to keep all."
         )
-    total_steps = config.lr_scheduler.total_steps
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"lr_scheduler.total_steps = {total_steps} must be at least 1; leave it out for all steps.")
+    total_steps, steps = config.lr_scheduler.total_steps, config.training.steps
+    if total_steps is not None and total_steps < steps:
+        raise ValueError(
+            f"lr_scheduler.total_steps = {total_steps} must be at least training.steps = {steps}: beyond its end a "
+            "schedule goes on falling, below zero; leave it out for all steps."
+        )
+    if config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true changes weights while backward runs, before the gradient norm by "
+            "which a step is clipped or given up is known; remove it."
+        )
     option, mode = config.activation_checkpoint.selective_ac_option, config.activation_checkpoint.mode
     if mode == "selective" and option != "op" and not (option.isdecimal() and int(option) > 0):
         raise ValueError(
