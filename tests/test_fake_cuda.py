@@ -145,7 +145,7 @@ def test_every_layer(name: str, mask: str, device: str) -> None:
     """Forward and backward of all methods, rings, chunks and stashes on the device, with CUDA's attention."""
     shape = SHAPES[name] if mask == "causal" else packed(SHAPES[name])
     used = Counter[str]()
-    for variant in variants(shape, RANKS):
+    for variant in variants(shape, RANKS)[mask == "packed" :: 2]:  # every one with either mask
         method, _, stash, _ = variant
         with FlashCalls() as calls:
             leaves, y = layer(shape, variant, device)

@@ -19,6 +19,7 @@ from torchtitan_upipe.memory.prediction import CATEGORIES, Prediction
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all dry runs
 FLAVORS = {"llama3_upipe": "debug_kv2", "qwen3_upipe": "debug"}
+TILES = ("--context_parallel.tile_size", "1024")  # four a rank
 LARGE_TILES = ("--context_parallel.tile_size", "8192")  # of long sequences: a dry run takes a time for each tile
 LAYOUTS = [("upipe", 1), ("ulysses", 1), ("ring", 1), ("upipe", 2), ("ulysses", 2), ("fpdt", 1)]  # method, ring degree
 
@@ -62,14 +63,15 @@ def cases() -> Iterator[Case]:
         yield Case("qwen3_upipe", method, ring, 8, "none" if ring > 1 else "full")
         if ring == 1:
             yield Case("qwen3_upipe" if method == "ring" else "llama3_upipe", method, ring, 2, "full")
-    tiles, host = ("--context_parallel.tile_size", "512"), ("--context_parallel.stash", "host")
+    tiles, host = TILES, ("--context_parallel.stash", "host")
+    llama, qwen = FLAVORS
+    yield Case(llama, "ulysses", 1, 8, "none", tiles)
+    yield Case(qwen, "ulysses", 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
+    yield Case(llama, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
     for model in FLAVORS:
-        yield Case(model, "ulysses", 1, 8, "none", tiles)
-        yield Case(model, "ulysses", 1, 8, "full", (*tiles, "--activation_checkpoint.offload"))
-        yield Case(model, "upipe", 1, 8, "none", (*tiles, "--context_parallel.stash", "none"))
         yield Case(model, "upipe", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
-        yield Case(model, "fpdt", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
-        yield Case(model, "upipe", 1, 2, "full", (*tiles, *host, "--training.enable_cpu_offload"))
+    yield Case(qwen, "fpdt", 1, 8, "full", (*tiles, *host, "--activation_checkpoint.offload"))
+    yield Case(llama, "upipe", 1, 2, "full", (*tiles, *host, "--training.enable_cpu_offload"))
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*tiles, *host, "--context_parallel.query_tiles", "4"))
     deterministic = ("--debug.deterministic", "--training.seq_len", "131072")  # more than a call's least rows
     yield Case("llama3_upipe", "upipe", 1, 2, "full", (*LARGE_TILES, *deterministic))
@@ -95,14 +97,15 @@ def hidden_cases() -> Iterator[Case]:
 def one_rank_cases() -> Iterator[Case]:
     """State on the host: FSDP2 on a mesh of one. Some lengths are more than one slice of rows (``cp/rope.py``)."""
     state, inputs = ("--training.enable_cpu_offload",), ("--activation_checkpoint.offload",)
-    tiles, host = ("--context_parallel.tile_size", "512"), ("--context_parallel.stash", "host")
+    tiles, host = TILES, ("--context_parallel.stash", "host")
+    llama, qwen = FLAVORS
     for model in FLAVORS:
         for length in (tiles, (*LARGE_TILES, "--training.seq_len", "40960")):
             yield Case(model, "upipe", 1, 1, "full", (*state, *inputs, *host, *length))
-        yield Case(model, "upipe", 1, 1, "full", (*state, *inputs, *host))
-        yield Case(model, "ulysses", 1, 1, "full", (*state, *inputs, *tiles))
-        yield Case(model, "upipe", 1, 1, "none", (*state, *tiles))
-        yield Case(model, "ulysses", 1, 1, "none", state)
+    yield Case(qwen, "upipe", 1, 1, "full", (*state, *inputs, *host))
+    yield Case(llama, "ulysses", 1, 1, "full", (*state, *inputs, *tiles))
+    yield Case(qwen, "upipe", 1, 1, "none", (*state, *tiles))
+    yield Case(llama, "ulysses", 1, 1, "none", state)
 
 
 ONE_RANK = list(one_rank_cases())

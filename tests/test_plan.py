@@ -65,8 +65,8 @@ def test_upipe_and_fpdt_go_further_than_ulysses(tmp_path: Path) -> None:
 
 def test_less_memory_asks_for_slower_settings(tmp_path: Path) -> None:
     job = replace(shape(tmp_path), length=2**18)
-    everything = list(candidates(job))
-    needed = {candidate: predict_shape(candidate).device_bytes for candidate in everything}
+    everything, ask = list(candidates(job)), planner(1)
+    needed = {candidate: ask.predict(candidate).device_bytes for candidate in everything}
     least = min(needed.values())
     rich, poor = (planner(device).fastest(job) for device in (2**40, least))
     assert planner(least - 1).fastest(job) is None
@@ -85,7 +85,8 @@ def test_less_memory_asks_for_slower_settings(tmp_path: Path) -> None:
 def test_what_the_searches_take_for_granted(tmp_path: Path, method: str) -> None:
     """The bound is one, and no setting needs less than those called sparing."""
     job = replace(shape(tmp_path, method), length=2**17)
-    predicted = {candidate: predict_shape(candidate) for candidate in candidates(job)}
+    ask = planner(1)
+    predicted = {candidate: ask.predict(candidate) for candidate in candidates(job)}
     needed = {candidate: prediction.device_bytes for candidate, prediction in predicted.items()}
     assert all(least_bytes(candidate) <= size for candidate, size in needed.items())
     assert all(least_host_bytes(candidate) <= found.host_bytes for candidate, found in predicted.items())
@@ -168,7 +169,7 @@ def test_refusals_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_smaller_batch_is_the_remedy_where_it_fits(tmp_path: Path) -> None:
     job = replace(shape(tmp_path), length=65536)
     job = replace(job, batch=8)
-    least = min(predict_shape(candidate).device_bytes for candidate in sparing(replace(job, batch=2)))
+    least = min(predicted.device_bytes for predicted in map(planner(1).predict, sparing(replace(job, batch=2))))
     assert "set training.local_batch_size = 2 (" in explain_nothing_fits(job, planner(least))
     assert "shorten training.seq_len or use more ranks" in explain_nothing_fits(job, planner(2**20))
 
@@ -179,7 +180,7 @@ def test_a_state_on_the_host_is_planned_or_named_where_it_fits(tmp_path: Path) -
     job = job_shape(read_job(args, 1), 1)
     moved = job_shape(read_job([*args, "--training.enable_cpu_offload"], 1), 1)
     assert moved == replace(job, state_on_host=True)
-    least = min((predict_shape(c) for c in candidates(moved)), key=lambda prediction: prediction.device_bytes)
+    least = min(map(planner(1).predict, candidates(moved)), key=lambda prediction: prediction.device_bytes)
     plan = planner(least.device_bytes, least.host_bytes).fastest(job)
     assert plan is not None
     assert plan.job.state_on_host

@@ -26,10 +26,12 @@ def compare(folder: Path, ranks: int, *flags: str, tolerance: float = 2e-7, **op
     return device, host
 
 
-@pytest.mark.parametrize("model, stash", [(LLAMA, "host"), (QWEN, "none")], ids=["llama3-host", "qwen3-none"])
-def test_twenty_steps_of_upipe(tmp_path: Path, model: dict[str, object], stash: str) -> None:
+@pytest.mark.parametrize(
+    "model, ranks, stash", [(LLAMA, 4, "host"), (QWEN, 2, "none")], ids=["llama3-host", "qwen3-none"]
+)
+def test_twenty_steps_of_upipe(tmp_path: Path, model: dict[str, object], ranks: int, stash: str) -> None:
     options = {"training__steps": 20, "context_parallel__head_chunk": 4, "context_parallel__query_tiles": 2}
-    compare(tmp_path, 4, **model, **options, context_parallel__stash=stash)
+    compare(tmp_path, ranks, **model, **options, context_parallel__stash=stash)
 
 
 @pytest.mark.parametrize("method, ring", [("ulysses", 1), ("ring", 1), ("upipe", 2)])
