@@ -165,10 +165,9 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 
 `||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses, UPipe (up to six head chunks,
 with and without stash), ring and hybrids (every split of C into ulysses x ring degree), and FPDT (three sequence
-chunks). Packed: documents of 1 to 23
-tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where a bf16 ratio is shown, 1.2 (d = 32,
-D = 128, S = 128; for "few" and "wide" the root mean square over four draws, since a norm weight's gradient has only 32
-elements).
+chunks). Packed: documents of 1 to 23 tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where a
+bf16 ratio is shown, 1.2, with biases 1.4 (d = 32, D = 128, S = 128; for "few", "wide" and "bias" the root mean square
+over four draws, since the gradient of a norm weight or a bias has only 32 elements).
 {layer_errors}
 ## Balance of attention work
 
@@ -187,9 +186,9 @@ H = 16, G = 4, C = 4, S = 64, d = 16, float32; forward and backward together. `t
 
 Llama3-8B's heads (H = 32, G = 8) at C = 8, N = 2048 tokens a rank, d = 8, float32 on CPU; all tensors made during
 forward and backward, dx (1u) and weight gradients (0.3u) included; x, dy and weights not. `u` is one hidden tensor
-`[N, D]`. Products over all heads and RoPE work in slices of 8192 rows, which here are the whole shard and make UPipe's
-peak; at long contexts they are small (docs/memory.md). GPU kernels have workspaces of their own:
-these are not the figures of a bf16 run on GPUs.
+`[N, D]`. Products over all heads and RoPE work in slices, an eighth of the shard here and 8192 rows at long contexts,
+where they are small (docs/memory.md). GPU kernels have workspaces of their own: these are not the figures of a bf16 run
+on GPUs.
 {memory}"""
 
 
