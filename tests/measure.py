@@ -165,8 +165,8 @@ Made by `python -m tests.measure docs/correctness.md` on CPU with gloo, {version
 
 `||value - truth|| / ||truth||`, the worst of the output and every gradient over Ulysses, UPipe (up to six head chunks,
 with and without stash), ring and hybrids (every split of C into ulysses x ring degree), and FPDT (three sequence
-chunks). Packed: documents of 1 to 23 tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where a
-bf16 ratio is shown, 1.2, with biases 1.4 (d = 32, D = 128, S = 128; for "few", "wide" and "bias" the root mean square
+chunks). Packed: documents of 1 to 23 tokens and one of a whole sequence. `tests/test_layer.py` asserts 1e-5 and, where
+a bf16 ratio is shown, 1.2, with biases 1.4 (d = 32, D = 128, S = 128; for "few", "wide" and "bias" the root mean square
 over four draws, since the gradient of a norm weight or a bias has only 32 elements).
 {layer_errors}
 ## Balance of attention work
