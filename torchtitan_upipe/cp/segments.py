@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from torchtitan_upipe.kernels.visibility import Interval
@@ -39,14 +40,7 @@ class QueryRows:
 
     def computed_by(self, rank: int) -> tuple[Interval, ...]:
         """The rows among all ``C*N`` that ``rank`` computes: disjoint, rising intervals."""
-        found: list[Interval] = []
-        for shard in range(self.degree):
-            start, stop = (shard * self.tokens + self.tile[0] + row for row in self.shared(rank, shard))
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            if start < stop:
-                found.append((start, stop))
-        return tuple(found)
+        return _computed_by(self, rank)
 
     def shared(self, rank: int, shard: int) -> Interval:
         """What ``rank`` computes of the tile of rank ``shard``, counted from that tile's first row."""
@@ -66,3 +60,15 @@ class QueryRows:
         length, blocks = self.degree * (self.tile[1] - self.tile[0]), 2 * self.team
         for i in (rank % self.team, blocks - 1 - rank % self.team):
             yield i * length // blocks, (i + 1) * length // blocks
+
+
+@lru_cache(maxsize=1024)  # the same in every stage and layer
+def _computed_by(rows: QueryRows, rank: int) -> tuple[Interval, ...]:
+    found: list[Interval] = []
+    for shard in range(rows.degree):
+        start, stop = (shard * rows.tokens + rows.tile[0] + row for row in rows.shared(rank, shard))
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        if start < stop:
+            found.append((start, stop))
+    return tuple(found)
