@@ -29,7 +29,6 @@ from torchtitan_upipe.cp.collectives import HeadExchange, RingExchange, Traffic
 from torchtitan_upipe.device import is_out_of_memory
 from torchtitan_upipe.dry_run.peak import CpuMeter, CudaMeter, PeakMeter, storage_bytes
 from torchtitan_upipe.job.read import read_job
-from torchtitan_upipe.launch import refuse
 from torchtitan_upipe.titan.attention import ContextParallelAttention
 from torchtitan_upipe.titan.trainer import Trainer
 
@@ -223,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks = run(config, options.warmup, options.steps)
     except ValueError as error:
         write_first(options.result, {**failure(error), **about})
-        return refuse(error)
+        print(f"ValueError: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         write_first(options.result, {**failure(error), **about})
         raise

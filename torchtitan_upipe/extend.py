@@ -128,8 +128,7 @@ def dry_run(options: Options, job_args: Sequence[str]) -> int:
             with named(stage.place):
                 forecasts.append(forecast(stage.config, options.world_size, place))
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     wide_console(200).print(_table(options, stages, forecasts))
     lacking = [
         f"{stage.place}: {found.lacking}" for stage, found in zip(stages, forecasts, strict=True) if found.lacking
