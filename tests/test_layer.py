@@ -48,6 +48,8 @@ SHAPES = {
 PACKED = ((0, 5, 6, 29, 41), (0,))
 
 
+HALF = {"causal": slice(0, None, 2), "packed": slice(1, None, 2)}  # of the variants; docs/correctness.md has all
+
 SEQUENCE_CHUNKS = (64, 28, 8)  # of 64 tokens: one chunk, three with a shorter last, eight
 STASHES = ("device", "none", "host/3", "none/5", "host")  # and how many query tiles
 
@@ -152,7 +154,7 @@ def gather(ranks: list[dict[str, Tensor]], variant: Variant) -> dict[str, Tensor
 @pytest.mark.parametrize("name", SHAPES)
 def test_float32_matches_the_unsharded_float64_layer(name: str, degree: int, mask: str) -> None:
     """Every method and chunk with either mask; docs/correctness.md and the slow test have all of them with both."""
-    check_float32(name, degree, mask, slice(mask == "packed", None, 2))
+    check_float32(name, degree, mask, HALF[mask])
 
 
 @pytest.mark.slow
@@ -180,7 +182,7 @@ def check_float32(name: str, degree: int, mask: str, some: slice) -> None:
 def test_nothing_asks_more_of_a_kernel_than_cuda_kernels_promise(name: str, mask: str) -> None:
     """Every method, ring and hybrids, batch 2, query tiles, documents, on tests/strict.py."""
     shape = SHAPES[name] if mask == "causal" else packed(SHAPES[name])
-    calls = check_strict(shape, variants(shape, 4)[mask == "packed" :: 2])
+    calls = check_strict(shape, variants(shape, 4)[HALF[mask]])
     assert set(calls) == {"forward", "backward", "varlen forward", "varlen backward"}
 
 
@@ -212,8 +214,7 @@ BFLOAT16 = ("gqa", "kv2", "wide", "rest", "few", "bias")
 def test_bfloat16_is_as_good_as_the_unsharded_bfloat16_layer(name: str, degree: int, mask: str) -> None:
     # A bias gives the values of a head a common part, which stays in the outputs: where partial outputs are merged, it
     # is rounded once more than in the plain layer (measured: 1.32).
-    half = slice(mask == "packed", None, 2)  # of the methods and chunks with either mask; docs/correctness.md has all
-    assert bfloat16_ratio(name, mask, degree, half) < (1.4 if SHAPES[name].bias else 1.2)
+    assert bfloat16_ratio(name, mask, degree, HALF[mask]) < (1.4 if SHAPES[name].bias else 1.2)
 
 
 def bfloat16_ratio(name: str, mask: str, degree: int, some: slice = slice(None)) -> float:
